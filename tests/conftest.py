@@ -1,0 +1,30 @@
+"""Settings every test shares: one thread, a fixed seed."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+def pytest_configure() -> None:
+    # The tensors of the tests are small: threads of one operation only get in each other's way,
+    # and summation in one thread is reproducible.
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """Make float64 the default dtype for one test.
+
+    The step counters of ``torch.optim`` take the default dtype, so without this Adam's bias
+    correction may be computed in float32 even where the parameters are float64.
+    """
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)

@@ -1,0 +1,1 @@
+"""Independent ways to compute what the compiler computes. Nothing here imports ``unrollc``."""

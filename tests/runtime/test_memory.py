@@ -1,0 +1,57 @@
+"""The plan's peak is what a run holds."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import unrollc
+from tests.oracles import cases, memory
+from tests.oracles.models import MLP, ConvNet
+from tests.oracles.objectives import unstack
+
+SETTINGS = {
+    "mlp, adam": (lambda: MLP(hidden=64), torch.optim.Adam, (16, 4)),
+    "conv, sgd": (lambda: ConvNet(channels=8), torch.optim.SGD, (16, 1, 4, 4)),
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("steps", [2, 12])
+def test_the_predicted_peak_is_the_measured_one(setting: str, steps: int) -> None:
+    build, optimizer, shape = SETTINGS[setting]
+    model = build()
+    opt = optimizer(model.parameters(), lr=0.01)
+    inputs, target = cases.batches(shape, steps, seed=1)
+    train = (inputs.float(), target)
+    val = unstack(train)[0]
+    program = unrollc.compile(model, opt, F.cross_entropy)
+    lowered = program.lower(train, val)
+    program(train, val).loss.backward()  # .grad exists from here on
+    for param in model.parameters():
+        param.grad = None
+
+    def run() -> None:
+        program(train, val).loss.backward()
+
+    measured = memory.measure(run).peak
+    # Scalars (losses, counters) are a few bytes each; autograd's own are not the plan's.
+    assert abs(measured - lowered.plan.peak_bytes) <= 0.02 * measured + 256
+
+
+def test_nothing_is_held_after_backward() -> None:
+    """Of a call whose result is dropped, only the gradients remain."""
+    model = MLP(hidden=64)
+    opt = torch.optim.Adam(model.parameters(), lr=0.01)
+    inputs, target = cases.batches((16, 4), 8, seed=1)
+    train = (inputs.float(), target)
+    program = unrollc.compile(model, opt, F.cross_entropy)
+    program.lower(train, unstack(train)[0])
+
+    def run() -> None:
+        program(train, unstack(train)[0]).loss.backward()
+
+    run()
+    gradients = sum(param.numel() * 4 for param in model.parameters())
+    for param in model.parameters():
+        param.grad = None
+    assert memory.measure(run).kept <= gradients + 64

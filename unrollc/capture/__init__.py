@@ -1,0 +1,1 @@
+"""Capture: the user's model, loss and optimizer become `StepGraph`s."""

@@ -1,0 +1,218 @@
+"""From a recorder to a `StepGraph`: canonical order of inputs, exact names, nothing dead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from unrollc.capture.naming import Names
+from unrollc.capture.record import Recorder
+from unrollc.step import Role, StepGraph, Value, build
+
+#: Order of a graph's inputs by role.
+_ORDER = (
+    Role.THETA,
+    Role.OPT_STATE,
+    Role.BUFFER,
+    Role.HYPER,
+    Role.CONTEXT,
+    Role.CONSTANT,
+    Role.BATCH,
+    Role.NOISE,
+    Role.COTANGENT,
+)
+
+
+def assemble(
+    recorder: Recorder,
+    values: Sequence[Value],
+    outputs: Sequence[tuple[Value, fx.Node | None]],
+    names: Names,
+    lifted: list[Tensor],
+) -> StepGraph:
+    """The recorded graph with typed inputs and outputs.
+
+    Args:
+        recorder: What was recorded.
+        values: Its explicit inputs, in the order in which they were made.
+        outputs: What is returned.
+        names: Identifiers for labels.
+        lifted: Tensors from outside that earlier graphs lifted; new ones are appended.
+    """
+    explicit = {value.name: value for value in values}
+    inputs: list[tuple[Value, fx.Node]] = []
+    constants: dict[str, Tensor] = {}
+    special: dict[fx.Node, Value] = {}
+    for tensor, node in recorder.lifted:
+        index = next((i for i, known in enumerate(lifted) if known is tensor), len(lifted))
+        if index == len(lifted):
+            lifted.append(tensor)
+        label = f"closure[{index}]"
+        special[node] = Value(Role.CONTEXT, label, names(label))
+    for index, (tensor, node) in enumerate(recorder.constants):
+        special[node] = Value(Role.CONSTANT, f"constant {index}", f"constant_{index}")
+        constants[f"constant_{index}"] = tensor
+    for index, (noise, node) in enumerate(recorder.noise):
+        special[node] = Value(Role.NOISE, f"noise {index}", f"noise_{index}", noise=noise)
+    for node in recorder.graph.nodes:
+        if node.op == "placeholder":
+            inputs.append((special[node] if node in special else explicit[node.name], node))
+    return _rebuild(inputs, [], outputs, constants)
+
+
+def assemble_graph(
+    graph: StepGraph,
+    inputs: Iterable[tuple[Value, fx.Node]],
+    missing: Sequence[tuple[Value, Tensor]],
+    outputs: Sequence[tuple[Value, fx.Node | None]],
+) -> StepGraph:
+    """`graph` with retyped inputs, further (unused) inputs and a selection of its outputs."""
+    return _rebuild(list(inputs), list(missing), outputs, graph.constants)
+
+
+def _rebuild(
+    inputs: list[tuple[Value, fx.Node]],
+    missing: list[tuple[Value, Tensor]],
+    outputs: Sequence[tuple[Value, fx.Node | None]],
+    constants: dict[str, Tensor],
+) -> StepGraph:
+    needed = _needed([node for _, node in outputs if node is not None])
+    kept = [
+        (value, node)
+        for value, node in inputs
+        if value.role not in (Role.CONSTANT, Role.NOISE) or node in needed
+    ]
+    slots: list[tuple[Value, fx.Node | Tensor]] = [*kept, *missing]
+    slots.sort(key=lambda slot: _ORDER.index(slot[0].role))
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for value, origin in slots:
+        placeholder = graph.placeholder(value.name)
+        if isinstance(origin, fx.Node):
+            placeholder.meta = dict(origin.meta)
+            copies[origin] = placeholder
+        else:
+            placeholder.meta["val"] = origin.detach().to("meta")
+    for node in _in_order(needed):
+        if node not in copies:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(tuple(copies[node] if node is not None else None for _, node in outputs))
+    typed = tuple(value for value, _ in slots)
+    used = {v.name: constants[v.name] for v in typed if v.role is Role.CONSTANT}
+    return build(graph, typed, tuple(value for value, _ in outputs), used)
+
+
+def _needed(roots: Iterable[fx.Node]) -> set[fx.Node]:
+    needed: set[fx.Node] = set()
+    stack = list(roots)
+    while stack:
+        node = stack.pop()
+        if node not in needed:
+            needed.add(node)
+            stack.extend(node.all_input_nodes)
+    return needed
+
+
+def _in_order(nodes: set[fx.Node]) -> list[fx.Node]:
+    if not nodes:
+        return []
+    graph = next(iter(nodes)).graph
+    return [node for node in graph.nodes if node in nodes and node.op != "placeholder"]
+
+
+def same_graph(first: StepGraph, second: StepGraph) -> bool:
+    """Whether two graphs compute the same function by the same ops in the same order."""
+    return _canonical(first) == _canonical(second)
+
+
+def _canonical(step: StepGraph) -> tuple[Any, ...]:
+    number = {node: index for index, node in enumerate(step.graph.nodes)}
+    rows = [
+        (node.op, node.target if node.op == "call_function" else None, repr(fx.map_arg((node.args, node.kwargs), lambda n: f"%{number[n]}")), _meta(node))
+        for node in step.graph.nodes
+    ]
+    fixed = [(name, tensor.dtype, tensor.tolist()) for name, tensor in step.constants.items()]
+    return (tuple(rows), step.inputs, step.outputs, repr(fixed))
+
+
+def _meta(node: fx.Node) -> str:
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor):
+        return ""
+    return f"{tuple(value.shape)} {value.dtype} {value.device}"
+
+
+@dataclass(frozen=True)
+class Concretes:
+    """What capture took from known scalars, as a function of them.
+
+    Attributes:
+        inputs: Labels of the scalars.
+        guards: The values that Python saw.
+        counters: Labels of scalars that the step changes.
+        module: ``(*inputs) -> (*guards, *counters)`` on CPU, or None where there is nothing.
+    """
+
+    inputs: tuple[str, ...]
+    guards: tuple[float | int | bool, ...]
+    counters: tuple[str, ...]
+    module: fx.GraphModule | None
+
+    def _run(self, concrete: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        if self.module is None:
+            return ()
+        return tuple(self.module(*(concrete[label] for label in self.inputs)))
+
+    def accept(self, concrete: Mapping[str, Tensor]) -> bool:
+        """Whether Python would see the same values under `concrete`."""
+        if not self.guards:
+            return True
+        if any(label not in concrete for label in self.inputs):
+            return False
+        seen = self._run(concrete)[: len(self.guards)]
+        return all(s.item() == g for s, g in zip(seen, self.guards, strict=True))
+
+    def advance(self, concrete: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The counters after the step."""
+        after = self._run(concrete)[len(self.guards) :]
+        return dict(zip(self.counters, after, strict=True))
+
+
+def concretes_of(
+    recorder: Recorder, labels: Mapping[fx.Node, str], counters: Mapping[str, fx.Node]
+) -> Concretes:
+    """Cut the arithmetic of known scalars out of a recording."""
+    results = [guard.node for guard in recorder.guards] + list(counters.values())
+    if not results:
+        return Concretes((), (), (), None)
+    needed = _needed(results)
+    graph = fx.Graph()
+    root = torch.nn.Module()
+    copies: dict[fx.Node, fx.Node] = {}
+    inputs = []
+    for node in recorder.graph.nodes:
+        if node not in needed or node.op != "placeholder":
+            continue
+        if node in labels:
+            copies[node] = graph.placeholder(f"scalar_{len(inputs)}")
+            inputs.append(labels[node])
+        else:
+            name = f"fixed_{len(copies)}"
+            root.register_buffer(name, recorder.concrete[node])
+            copies[node] = graph.get_attr(name)
+    for node in _in_order(needed):
+        copy = copies[node] = graph.node_copy(node, copies.__getitem__)
+        copy.meta = {}
+        if "device" in copy.kwargs:
+            copy.kwargs = {**copy.kwargs, "device": torch.device("cpu")}
+    graph.output(tuple(copies[node] for node in results))
+    return Concretes(
+        tuple(inputs),
+        tuple(guard.value for guard in recorder.guards),
+        tuple(counters),
+        fx.GraphModule(root, graph),
+    )

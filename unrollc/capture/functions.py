@@ -1,0 +1,215 @@
+"""Custom ``autograd.Function``s in a captured step keep the derivative that they declare.
+
+The inner gradient uses the function's ``backward``, as in eager PyTorch. Differentiating the
+captured graph once more must again use it and not the derivative of the ops inside ``forward``
+(a straight-through ``round`` would lose its gradient). So each output is recorded as
+``attach(value, carrier)``, where the carrier is the transposed backward applied to ``x - stop(x)``:
+zero in value, and with exactly the declared derivative.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from unrollc.capture.record import Recorder
+from unrollc.errors import CaptureError
+from unrollc.step import ATTACH
+
+
+class _Context:
+    """What a function's forward leaves for its backward, with the attributes of autograd's ctx."""
+
+    def __init__(self, needs_input_grad: tuple[bool, ...]) -> None:
+        self.needs_input_grad = needs_input_grad
+        self.saved_tensors: tuple[Any, ...] = ()
+
+    def save_for_backward(self, *tensors: Any) -> None:
+        self.saved_tensors = tensors
+
+    def save_for_forward(self, *tensors: Any) -> None:
+        pass
+
+    def mark_dirty(self, *tensors: Any) -> None:
+        raise CaptureError(
+            "a custom autograd.Function changes its input in place (mark_dirty)",
+            why="the declared derivative of an in-place function cannot be captured",
+            remedy="return a new tensor from forward",
+        )
+
+    def mark_non_differentiable(self, *tensors: Any) -> None:
+        self.non_differentiable = tuple(id(tensor) for tensor in tensors)
+
+    def set_materialize_grads(self, value: bool) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def declared_functions(recorder: Recorder) -> Iterator[None]:
+    """While this is open, `Function.apply` records functions with their declared derivative."""
+    original = Function.__dict__["apply"]
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if cls.__module__.startswith("torch.") or issubclass(cls, _Declared):
+            return original.__func__(cls, *args, **kwargs)
+        return _apply_declared(cls, recorder, args)
+
+    Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        Function.apply = original  # type: ignore[method-assign]
+
+
+class _Declared(Function):
+    """Base of the functions made by `_apply_declared`, so that they are not made again."""
+
+
+def _apply_declared(cls: Any, recorder: Recorder, args: tuple[Any, ...]) -> Any:
+    if hasattr(cls.backward, "__wrapped__"):
+        raise CaptureError(
+            f"{cls.__name__}.backward is marked once_differentiable",
+            where=recorder._sources.here(),
+            why="a meta-gradient differentiates the inner gradient, and with it this backward",
+            remedy="remove once_differentiable if backward is made of differentiable ops",
+        )
+    slots = [index for index, value in enumerate(args) if isinstance(value, Tensor)]
+    shape: dict[str, Any] = {}
+
+    def declared_forward(*tensors: Tensor) -> tuple[Tensor, ...]:
+        context = _Context(_needs(args))
+        outputs, single = _run_forward(cls, context, _fill(args, slots, tensors))
+        with recorder.declared():
+            attached = _attach(cls, context, args, slots, tensors, outputs)
+        known = {id(t): ("input", i) for i, t in enumerate(tensors)}
+        known |= {id(t): ("output", i) for i, t in enumerate(outputs) if isinstance(t, Tensor)}
+        extra: list[Tensor] = []
+        context_values = dict(context.__dict__)
+        for name, value in context_values.items():
+            context_values[name] = _describe(value, known, extra)
+        shape.update(context=context_values, outputs=len(attached), single=single)
+        return (*attached, *extra)
+
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs, *output)
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        saved = ctx.saved_tensors
+        tensors, outputs = saved[: len(slots)], saved[len(slots) :]
+        context = _restore(shape, args, tensors, outputs)
+        given = cls.backward(context, *grads[: shape["outputs"]])
+        given = given if isinstance(given, tuple) else (given,)
+        return tuple(given[index] for index in slots)
+
+    members = {
+        "forward": staticmethod(declared_forward),
+        "setup_context": staticmethod(setup_context),
+        "backward": staticmethod(backward),
+    }
+    declared = types.new_class(cls.__name__, (_Declared,), exec_body=lambda ns: ns.update(members))
+    results = declared.apply(*(args[index] for index in slots))  # type: ignore[attr-defined]
+    results = results[: shape["outputs"]]
+    return results[0] if shape["single"] else tuple(results)
+
+
+def _needs(args: tuple[Any, ...]) -> tuple[bool, ...]:
+    return tuple(isinstance(value, Tensor) and value.is_floating_point() for value in args)
+
+
+def _fill(args: tuple[Any, ...], slots: list[int], tensors: tuple[Tensor, ...]) -> list[Any]:
+    filled = list(args)
+    for index, tensor in zip(slots, tensors, strict=True):
+        filled[index] = tensor
+    return filled
+
+
+def _run_forward(cls: Any, context: _Context, args: list[Any]) -> tuple[tuple[Any, ...], bool]:
+    if cls.setup_context is not Function.setup_context:
+        output = cls.forward(*args)
+        cls.setup_context(context, tuple(args), output)
+    else:
+        output = cls.forward(context, *args)
+    single = not isinstance(output, tuple)
+    return ((output,) if single else output), single
+
+
+def _attach(
+    cls: Any,
+    context: _Context,
+    args: tuple[Any, ...],
+    slots: list[int],
+    tensors: tuple[Tensor, ...],
+    outputs: tuple[Any, ...],
+) -> tuple[Any, ...]:
+    """The outputs with the declared derivative attached to them."""
+    fixed = getattr(context, "non_differentiable", ())
+    smooth = [
+        index
+        for index, value in enumerate(outputs)
+        if isinstance(value, Tensor) and value.is_floating_point() and id(value) not in fixed
+    ]
+    if not smooth:
+        return outputs
+
+    def pull_back(*cotangents: Tensor) -> tuple[Tensor, ...]:
+        grads = [torch.zeros_like(v) if isinstance(v, Tensor) else None for v in outputs]
+        for index, cotangent in zip(smooth, cotangents, strict=True):
+            grads[index] = cotangent
+        given = cls.backward(context, *grads)
+        given = given if isinstance(given, tuple) else (given,)
+        return tuple(given[index] for index in slots if given[index] is not None)
+
+    zeros = [torch.zeros_like(outputs[index]) for index in smooth]
+    reached = cls.backward(context, *[torch.zeros_like(v) for v in outputs])
+    reached = reached if isinstance(reached, tuple) else (reached,)
+    moved = [
+        tensor - tensor.detach()
+        for index, tensor in zip(slots, tensors, strict=True)
+        if reached[index] is not None
+    ]
+    if not moved:
+        return outputs
+    _, push_forward = torch.func.vjp(pull_back, *zeros)
+    carriers = push_forward(tuple(moved))
+    attached = list(outputs)
+    for index, carrier in zip(smooth, carriers, strict=True):
+        attached[index] = ATTACH(outputs[index], carrier)
+    return tuple(attached)
+
+
+def _describe(value: Any, known: dict[int, tuple[str, int]], extra: list[Tensor]) -> Any:
+    """`value` with its tensors replaced by where to find them again."""
+    if isinstance(value, Tensor):
+        if id(value) not in known:
+            known[id(value)] = ("extra", len(extra))
+            extra.append(value)
+        return known[id(value)]
+    if isinstance(value, tuple | list):
+        return ("sequence", [_describe(item, known, extra) for item in value])
+    return ("value", value)
+
+
+def _restore(shape: dict[str, Any], args: Any, inputs: Any, outputs: Any) -> _Context:
+    context = _Context(_needs(args))
+
+    def find(described: Any) -> Any:
+        kind, content = described
+        if kind == "input":
+            return inputs[content]
+        if kind == "output":
+            return outputs[content]
+        if kind == "extra":
+            return outputs[shape["outputs"] + content]
+        if kind == "sequence":
+            return tuple(find(item) for item in content)
+        return content
+
+    for name, described in shape["context"].items():
+        setattr(context, name, find(described))
+    return context

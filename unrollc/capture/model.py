@@ -1,0 +1,216 @@
+"""The user's model and loss, run on traced tensors, and their inner gradient."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.stateless import _reparametrize_module
+
+from unrollc.capture.batches import as_arguments
+from unrollc.capture.functions import declared_functions
+from unrollc.capture.problem import Loss, Objective, Problem
+from unrollc.capture.record import Recorder
+from unrollc.errors import CaptureError, UnrollcError
+from unrollc.capture.source import error_source
+from unrollc.step import Phase
+
+
+def module_names(problem: Problem) -> dict[int, str]:
+    """Dotted names of all modules by id."""
+    return {
+        id(child): f"{prefix}{name}" or type(child).__name__
+        for prefix, module in problem.modules.items()
+        for name, child in module.named_modules()
+    }
+
+
+@contextlib.contextmanager
+def capturing(problem: Problem, recorder: Recorder) -> Iterator[None]:
+    """Settings under which user code is traced; everything is restored afterwards.
+
+    Fused attention has no double backward and fused recurrent kernels no decomposition, so the
+    plain ones are captured. Module attributes that a forward sets are put back.
+    """
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    fused_recurrent = torch._C._get_mkldnn_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        with (
+            sdpa_kernel(SDPBackend.MATH),
+            declared_functions(recorder),
+            _attributes_restored(problem),
+            torch.enable_grad(),
+            torch.random.fork_rng(devices=[]),
+        ):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+        torch._C._set_mkldnn_enabled(fused_recurrent)
+
+
+@contextlib.contextmanager
+def _attributes_restored(problem: Problem) -> Iterator[None]:
+    modules = [child for module in problem.modules.values() for child in module.modules()]
+    before = []
+    for module in modules:
+        contents = {
+            key: value.copy() for key, value in vars(module).items() if isinstance(value, dict | list | set)
+        }
+        before.append((module, dict(vars(module)), contents))
+    try:
+        yield
+    finally:
+        for module, attributes, contents in before:
+            vars(module).clear()
+            vars(module).update(attributes)
+            for key, content in contents.items():
+                _refill(attributes[key], content)
+
+
+def _refill(container: Any, content: Any) -> None:
+    container.clear()
+    if isinstance(container, list):
+        container.extend(content)
+    else:
+        container.update(content)
+
+
+def run_user_loss(
+    problem: Problem, loss: Loss, recorder: Recorder, tensors: dict[str, Tensor], batch: Any
+) -> Tensor:
+    """The loss of one batch with every parameter and buffer replaced.
+
+    Args:
+        problem: The user's objects.
+        loss: ``problem.loss`` or ``problem.val_loss``.
+        recorder: Told when the model is left and the loss begins.
+        tensors: Replacements by label; buffers that the forward rebinds are updated in it.
+        batch: ``(inputs, target)``, or what an objective takes.
+    """
+    with contextlib.ExitStack() as stack:
+        for prefix, module in problem.modules.items():
+            own = {
+                label.removeprefix(prefix): tensor
+                for label, tensor in tensors.items()
+                if label.startswith(prefix)
+            }
+            stack.enter_context(_swapped(module, own, prefix, tensors))
+        recorder.phase = Phase.FORWARD
+        if isinstance(loss, Objective):
+            value = loss.fn(problem.model, batch)
+        else:
+            inputs, target = batch
+            prediction = problem.model(*as_arguments(inputs))
+            recorder.phase = Phase.LOSS
+            value = loss(prediction, target)
+        return _scalar(value, loss)
+
+
+@contextlib.contextmanager
+def _swapped(
+    module: nn.Module, own: dict[str, Tensor], prefix: str, tensors: dict[str, Tensor]
+) -> Iterator[None]:
+    names = {name for name, _ in module.named_parameters()} | {n for n, _ in module.named_buffers()}
+    own = {name: tensor for name, tensor in own.items() if name in names}
+    with _reparametrize_module(module, own, tie_weights=True):
+        yield
+    tensors.update({prefix + name: tensor for name, tensor in own.items()})
+
+
+def _scalar(value: Any, loss: Loss) -> Tensor:
+    name = getattr(loss, "__name__", type(loss).__name__)
+    if not isinstance(value, Tensor):
+        raise CaptureError(
+            f"the loss {name} returned {type(value).__name__}, not a tensor",
+            remedy="return a scalar tensor that depends on the prediction",
+        )
+    if value.dim() != 0:
+        raise CaptureError(
+            f"the loss {name} is not a scalar: it has shape {list(value.shape)}",
+            why="inner and outer loss are one number each",
+            remedy="reduce it, e.g. with .mean()",
+        )
+    if not value.is_floating_point():
+        raise CaptureError(
+            f"the loss {name} has dtype {value.dtype}",
+            why="only a floating-point loss has a gradient",
+            remedy="use a differentiable loss",
+        )
+    return value
+
+
+def inner_gradient(
+    problem: Problem,
+    recorder: Recorder,
+    theta: dict[str, Tensor],
+    extra: dict[str, Tensor],
+    rest: dict[str, Tensor],
+    batch: Any,
+) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor, dict[str, Tensor]]:
+    """The inner loss and its gradient, by `torch.func.grad`.
+
+    Args:
+        theta: Fast weights by label.
+        extra: Other tensors whose gradient is recorded too (mixed mode needs it); a label of a
+            batch leaf stands for that leaf.
+        rest: The remaining parameters and all buffers.
+        batch: The batch as the user's structure, with leaves of `extra` looked up in it.
+
+    Returns:
+        Gradients of θ, gradients of `extra`, the loss, and the tensors after the forward pass.
+    """
+
+    def run_loss(
+        theta: dict[str, Tensor], extra: dict[str, Tensor], rest: dict[str, Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, dict[str, Tensor]]]:
+        tensors = {**rest, **theta, **extra}
+        value = run_user_loss(problem, problem.loss, recorder, tensors, batch(extra))
+        recorder.phase = Phase.GRADIENT
+        after = {label: tensors[label] for label in rest}
+        return value, (value, after)
+
+    (grads, extra_grads), (value, after) = torch.func.grad(
+        run_loss, argnums=(0, 1), has_aux=True
+    )(theta, extra, rest)
+    return grads, extra_grads, value, after
+
+
+def with_parameter_hooks(
+    parameters: Mapping[str, Tensor], gradients: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """The gradients after the hooks that the user registered on parameters."""
+    hooked = dict(gradients)
+    for label, gradient in gradients.items():
+        parameter = parameters[label]
+        if getattr(parameter, "_post_accumulate_grad_hooks", None):
+            raise CaptureError(
+                f"{label} has a post-accumulate-grad hook",
+                why="such a hook acts on the parameter itself, outside the optimizer's step",
+                remedy="use parameter.register_hook, or put the transformation into the optimizer",
+            )
+        for hook in (parameter._backward_hooks or {}).values():
+            replaced = hook(hooked[label])
+            hooked[label] = hooked[label] if replaced is None else replaced
+    return hooked
+
+
+@contextlib.contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Errors of user code, and of PyTorch inside it, become `CaptureError`s with the line."""
+    try:
+        yield
+    except UnrollcError:
+        raise
+    except Exception as error:
+        raise CaptureError(
+            f"{what} cannot be captured: {type(error).__name__}: {error}",
+            where=error_source(error),
+            remedy="see the exception above, which PyTorch or your code raised while it ran on "
+            "traced tensors",
+        ) from error

@@ -1,0 +1,43 @@
+"""Python identifiers for what the user named; nothing that a user names can become code."""
+
+from __future__ import annotations
+
+import builtins
+import keyword
+import re
+
+_RESERVED = {"torch", "aten", "operator", "self", "inputs", "state", "kept", "steps", "math"}
+
+
+def identifier(label: str) -> str:
+    """A readable identifier made of a label, e.g. ``fc_weight_exp_avg``."""
+    text = label
+    if match := re.fullmatch(r"param_groups\[(\d+)\](.*)", label):
+        text = f"{match[2]}_g{match[1]}"
+    elif match := re.fullmatch(r'state\["(.*?)"\](.*)', label):
+        text = match[1] + "_" + match[2]
+    text = re.sub(r"[^0-9a-zA-Z]+", "_", text).strip("_") or "value"
+    if text[0].isdigit():
+        text = "p_" + text
+    if keyword.iskeyword(text) or text in _RESERVED or hasattr(builtins, text):
+        text += "_"
+    return text
+
+
+class Names:
+    """One identifier a label, the same at every request and different from all others."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, str] = {}
+        self._taken: set[str] = set()
+
+    def __call__(self, label: str) -> str:
+        if label not in self._names:
+            base = name = identifier(label)
+            number = 1
+            while name in self._taken:
+                number += 1
+                name = f"{base}_v{number}"
+            self._taken.add(name)
+            self._names[label] = name
+        return self._names[label]

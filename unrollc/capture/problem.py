@@ -1,0 +1,222 @@
+"""What the user gave to ``compile``, and a stock-taking of the tensors that it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from unrollc.capture.optimizer import Layout, hyper_label, read_layout
+from unrollc.errors import InputError
+
+
+@dataclass(frozen=True, eq=False)
+class PerStep:
+    """A hyperparameter with one value an inner step.
+
+    Put it into a param group: ``opt.param_groups[0]["lr"] = unrollc.PerStep(lrs)``.
+
+    Attributes:
+        per_step: Floating tensor ``[T]``; a meta-parameter where it requires grad.
+    """
+
+    per_step: Tensor
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.per_step, Tensor) or not self.per_step.is_floating_point():
+            raise InputError(
+                "PerStep takes a floating tensor with a leading dimension T",
+                why=f"got {type(self.per_step).__name__}",
+                remedy="unrollc.PerStep(torch.full((T,), 0.1, requires_grad=True))",
+            )
+        if self.per_step.dim() != 1:
+            raise InputError(
+                f"PerStep takes one number a step, got shape {list(self.per_step.shape)}",
+                remedy="pass a tensor of shape [T]",
+            )
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss that runs the model itself; made by `objective`."""
+
+    fn: Callable[[nn.Module, Any], Tensor]
+
+
+def objective(fn: Callable[[nn.Module, Any], Tensor]) -> Objective:
+    """A loss of the form ``fn(model, batch) -> scalar``, usable as ``loss`` or ``val_loss``.
+
+    Args:
+        fn: Called with the user's model (its parameters are the fast weights) and one batch.
+    """
+    if not callable(fn):
+        raise InputError(f"objective takes a function, got {type(fn).__name__}")
+    return Objective(fn)
+
+
+Loss = Callable[..., Tensor] | nn.Module | Objective
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The arguments of ``compile`` that capture needs."""
+
+    model: nn.Module
+    opt: torch.optim.Optimizer
+    loss: Loss
+    val_loss: Loss
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The modules whose tensors are captured, by the prefix of their labels."""
+        found = {"": self.model}
+        if isinstance(self.loss, nn.Module):
+            found["loss."] = self.loss
+        if isinstance(self.val_loss, nn.Module) and self.val_loss is not self.loss:
+            found["val_loss."] = self.val_loss
+        return found
+
+
+@dataclass(frozen=True)
+class Stock:
+    """Every tensor that a problem holds at the moment, by label.
+
+    Attributes:
+        theta: Parameters that the optimizer updates: θ_0.
+        context: Other parameters of model and losses, the optimizer's frozen ones included.
+        buffers: Buffers of model and losses.
+        hyper: Tensor hyperparameters; a `PerStep` stays one.
+        opt_state: Tensors in the optimizer's state.
+        layout: The optimizer's state and groups without their tensors.
+        owners: Labels of parameters by id.
+    """
+
+    theta: dict[str, Tensor]
+    context: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    hyper: dict[str, Tensor | PerStep]
+    opt_state: dict[str, Tensor]
+    layout: Layout
+    owners: dict[int, str]
+
+    @property
+    def differentiable(self) -> dict[str, Tensor]:
+        """Tensors that may be meta-parameters, by label."""
+        hyper = {
+            label: value.per_step if isinstance(value, PerStep) else value
+            for label, value in self.hyper.items()
+        }
+        return {**self.theta, **self.context, **hyper}
+
+
+def take_stock(problem: Problem) -> Stock:
+    """Read the tensors out of the user's objects.
+
+    Raises:
+        InputError: If the optimizer holds a parameter that the model does not own.
+    """
+    owners: dict[int, str] = {}
+    parameters: dict[str, Tensor] = {}
+    buffers: dict[str, Tensor] = {}
+    for prefix, module in problem.modules.items():
+        for name, parameter in module.named_parameters():
+            if id(parameter) not in owners:
+                owners[id(parameter)] = prefix + name
+                parameters[prefix + name] = parameter
+        for name, buffer in module.named_buffers():
+            if id(buffer) not in owners:
+                owners[id(buffer)] = prefix + name
+                buffers[prefix + name] = buffer
+    theta = _held_parameters(problem.opt, owners)
+    context = {label: p for label, p in parameters.items() if label not in theta}
+    layout, opt_state = read_layout(problem.opt, owners)
+    return Stock(theta, context, buffers, read_hyper(problem.opt), opt_state, layout, owners)
+
+
+def _held_parameters(opt: torch.optim.Optimizer, owners: Mapping[int, str]) -> dict[str, Tensor]:
+    theta: dict[str, Tensor] = {}
+    for index, group in enumerate(opt.param_groups):
+        for position, parameter in enumerate(group["params"]):
+            label = owners.get(id(parameter))
+            if label is None:
+                raise InputError(
+                    f'param_groups[{index}]["params"][{position}] (shape '
+                    f"{list(parameter.shape)}) is not a parameter of the model",
+                    why="the optimizer holds a tensor that the model does not own, so no inner "
+                    "gradient is known for it",
+                    remedy="build the optimizer from this model's parameters "
+                    "(a deep copy of the model has parameters of its own)",
+                )
+            if parameter.requires_grad:
+                theta[label] = parameter
+    if not theta:
+        raise InputError(
+            "the optimizer holds no parameter that requires grad",
+            remedy="pass parameters with requires_grad=True to the optimizer",
+        )
+    return theta
+
+
+def read_hyper(opt: torch.optim.Optimizer) -> dict[str, Tensor | PerStep]:
+    """The tensor hyperparameters of an optimizer, by label."""
+    found: dict[str, Tensor | PerStep] = {}
+    for index, group in enumerate(opt.param_groups):
+        for key, value in group.items():
+            if key == "params":
+                continue
+            paths, _ = pytree.tree_flatten_with_path(
+                {key: value}, is_leaf=lambda leaf: isinstance(leaf, Tensor | PerStep)
+            )
+            for path, leaf in paths:
+                if isinstance(leaf, Tensor | PerStep):
+                    label = hyper_label(index, path)
+                    if isinstance(leaf, Tensor) and leaf.numel() != 1:
+                        raise InputError(
+                            f"{label} has shape {list(leaf.shape)}",
+                            why="a hyperparameter is one number for its param group",
+                            remedy="use one param group a parameter, or unrollc.PerStep for one "
+                            "value a step",
+                        )
+                    found[label] = leaf
+    return found
+
+
+_SIMPLE = (bool, int, float, str, type(None), torch.dtype, torch.device)
+
+
+def fingerprint(problem: Problem) -> tuple[Any, ...]:
+    """What the captured code depends on besides tensors: module attributes, modes, hooks, closures.
+
+    A changed dropout probability, a switched training flag or a rebound closure variable lowers
+    again; values that live in globals or inside containers are beyond it.
+    """
+    parts: list[Any] = []
+    for prefix, module in problem.modules.items():
+        for name, child in module.named_modules():
+            plain = tuple(
+                (key, value)
+                for key, value in vars(child).items()
+                if isinstance(value, _SIMPLE) or _is_plain_tuple(value)
+            )
+            hooks = (len(child._forward_hooks), len(child._forward_pre_hooks))
+            parts.append((prefix + name, type(child), plain, hooks))
+    for loss in (problem.loss, problem.val_loss):
+        fn = loss.fn if isinstance(loss, Objective) else loss
+        parts.append((id(fn), tuple(_cell(cell) for cell in getattr(fn, "__closure__", None) or ())))
+    return tuple(parts)
+
+
+def _is_plain_tuple(value: Any) -> bool:
+    return isinstance(value, tuple) and all(isinstance(item, _SIMPLE) for item in value)
+
+
+def _cell(cell: Any) -> Any:
+    try:
+        content = cell.cell_contents
+    except ValueError:
+        return None
+    return content if isinstance(content, _SIMPLE) else id(content)

@@ -1,0 +1,345 @@
+"""The recorder: a dispatch mode that writes every functional ATen op into an `fx.Graph`.
+
+It stands below PyTorch's functionalization (in-place ops arrive as pure ones) and below
+`torch.func` and autograd (derivatives arrive as ordinary ops), and works on fake tensors. Each
+recorded node knows its phase and the user's line; an op of a backward pass inherits the line of
+the forward op that it differentiates, found by autograd's sequence numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from unrollc.capture.noise import as_noise
+from unrollc.capture.source import SourceFinder
+from unrollc.errors import CaptureError, Source
+from unrollc.step import Noise, Phase
+
+aten = torch.ops.aten
+
+#: Concrete values are followed through ops on tensors of at most this many elements.
+_CONCRETE_NUMEL = 16
+
+
+@dataclass(frozen=True)
+class Guard:
+    """A concrete number that the captured Python code took from a tensor.
+
+    The graph is valid only for inputs under which `node` has `value` again.
+    """
+
+    node: fx.Node
+    value: float | int | bool
+    source: Source | None
+    truth: bool
+
+
+class Recorder(TorchDispatchMode):
+    """Writes ops on fake tensors into `graph`.
+
+    Attributes:
+        graph: What has been recorded.
+        phase: The phase that new nodes belong to.
+        lifted: Tensors that the user's code brought in from outside (closures), with their
+            placeholder nodes.
+        constants: Small tensors that the code made from numbers, with their placeholders.
+        noise: Random inputs, with their placeholders.
+        concrete: Real values of nodes that depend on known scalars alone.
+        guards: Where Python read such a value.
+    """
+
+    def __init__(self, sources: SourceFinder, fake_mode: FakeTensorMode | None = None) -> None:
+        super().__init__()
+        self.graph = fx.Graph()
+        self.phase = Phase.FORWARD
+        self.fake_mode = fake_mode or FakeTensorMode()
+        self.lifted: list[tuple[Tensor, fx.Node]] = []
+        self.constants: list[tuple[Tensor, fx.Node]] = []
+        self.noise: list[tuple[Noise, fx.Node]] = []
+        self.concrete: dict[fx.Node, Tensor] = {}
+        self.guards: list[Guard] = []
+        self.origin: fx.Node | None = None
+        self.declaring = False
+        self._sources = sources
+        self._nodes: dict[int, fx.Node] = {}
+        self._alive: list[Tensor] = []
+        self._lines: dict[int, Source | None] = {}
+        self._stopped: dict[fx.Node, fx.Node | None] = {}
+        self._last_placeholder: fx.Node | None = None
+
+    # -- inputs and outputs ---------------------------------------------------------------
+
+    def input(self, name: str, example: Tensor, concrete: Tensor | None = None) -> FakeTensor:
+        """A new graph input like `example`, in storage of its own."""
+        with self.fake_mode:
+            fake = torch.empty_strided(
+                example.shape, example.stride(), dtype=example.dtype, device=example.device
+            )
+        node = self._placeholder(name, fake)
+        if concrete is not None and concrete.numel() <= _CONCRETE_NUMEL:
+            self.concrete[node] = concrete.detach().cpu()
+        return fake
+
+    def node_of(self, tensor: Tensor) -> fx.Node | None:
+        """The node that stands for `tensor`, whatever wrappers it wears."""
+        while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            tensor = torch._C._functorch.get_unwrapped(tensor)
+        if isinstance(tensor, FunctionalTensor):
+            torch._sync(tensor)
+            tensor = torch._from_functional_tensor(tensor.elem)
+        return self._nodes.get(id(tensor))
+
+    def run(self, body: Callable[..., Any], inputs: Sequence[Tensor]) -> Any:
+        """Record `body(*inputs)`; its tensors come back as fake ones (see `node_of`)."""
+        mode = _RecordedFunctionalization(self)
+        excluded = torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize)
+        with torch._C._ExcludeDispatchKeyGuard(excluded), mode:
+            results = body(*(FunctionalTensor.to_functional(tensor) for tensor in inputs))
+            return pytree.tree_map_only(FunctionalTensor, _from_functional, results)
+
+    def _placeholder(self, name: str, fake: Tensor) -> fx.Node:
+        first = next(iter(self.graph.nodes), None)
+        if self._last_placeholder is not None:
+            with self.graph.inserting_after(self._last_placeholder):
+                node = self.graph.placeholder(name)
+        elif first is not None:
+            with self.graph.inserting_before(first):
+                node = self.graph.placeholder(name)
+        else:
+            node = self.graph.placeholder(name)
+        self._last_placeholder = node
+        self._remember(fake, node)
+        return node
+
+    def _remember(self, tensor: Tensor, node: fx.Node) -> None:
+        self._nodes[id(tensor)] = node
+        self._alive.append(tensor)
+        node.meta.setdefault("val", tensor)
+
+    # -- ops ------------------------------------------------------------------------------
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        key = torch._C._TorchDispatchModeKey.FUNCTIONAL
+        if torch._C._get_dispatch_mode(key) is not None:
+            return func(*args, **kwargs)
+        if func is aten._local_scalar_dense.default:
+            return self._read_number(args[0])
+        if func in (aten.lift_fresh.default, aten.lift_fresh_copy.default):
+            return self._constant(args[0])
+        args, kwargs = pytree.tree_map_only(Tensor, self._known, (args, kwargs))
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            return self._draw(func, args, kwargs)
+        with self.fake_mode:
+            result = func(*args, **kwargs)
+        if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result)):
+            return result
+        self._write(func, args, kwargs, result)
+        return result
+
+    def _write(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+    ) -> fx.Node:
+        source = self._line()
+        if (same := self._transparent(func, args, result)) is not None:
+            self._remember(result, same)
+            return same
+        stop = self._stops_gradient()
+
+        def reference(tensor: Tensor) -> fx.Node:
+            node = self._nodes[id(tensor)]
+            return node if stop else self._after_stop(node, source)
+
+        node_args, node_kwargs = pytree.tree_map_only(Tensor, reference, (args, kwargs))
+        node = self.graph.call_function(func, node_args, node_kwargs)
+        node.meta.update(phase=self.phase, source=source)
+        node.meta["val"] = result
+        if func is aten.zeros_like.default and self.phase is Phase.GRADIENT:
+            node.meta["filled"] = torch._C._current_autograd_node() is None
+        self._follow(node, func, args, kwargs)
+        made = [node]
+        if isinstance(result, Tensor):
+            self._remember(result, node)
+        else:
+            for index, item in enumerate(result):
+                if isinstance(item, Tensor):
+                    part = self.graph.call_function(operator.getitem, (node, index))
+                    part.meta.update(phase=self.phase, source=source)
+                    self._remember(item, part)
+                    made.append(part)
+                    if node in self.concrete:
+                        self.concrete[part] = self.concrete[node][index]
+        if stop:
+            self._stopped.update(dict.fromkeys(made))
+        return node
+
+    def _transparent(self, func: Any, args: tuple[Any, ...], result: Any) -> fx.Node | None:
+        """The node whose value an op hands on: ``copy`` its source, an optimizer's ``detach``
+        its argument (there it means "do not track", and the update is differentiated later)."""
+        if func is aten.detach.default and self.phase is Phase.UPDATE and self.origin is None:
+            return self._nodes[id(args[0])]
+        if func is aten.copy.default:
+            source = args[1]
+            same = (source.shape, source.dtype) == (result.shape, result.dtype)
+            return self._nodes[id(source)] if same else None
+        return None
+
+    def _known(self, tensor: Tensor) -> Tensor:
+        """`tensor` itself where it is ours, its fake stand-in where the user brought it in."""
+        if id(tensor) in self._nodes:
+            return tensor
+        for real, node in self.lifted:
+            if real is tensor:
+                return node.meta["val"]  # type: ignore[no-any-return]
+        if isinstance(tensor, FakeTensor):
+            raise AssertionError("a fake tensor of unknown origin reached the recorder")
+        fake = self.input(f"lifted_{len(self.lifted)}", tensor)
+        node = self._nodes[id(fake)]
+        self.lifted.append((tensor, node))
+        return fake
+
+    def _constant(self, tensor: Tensor) -> Tensor:
+        if id(tensor) in self._nodes:
+            return tensor
+        value = tensor.detach().clone()
+        fake = self.input(f"constant_{len(self.constants)}", value, concrete=value)
+        self.constants.append((value, self._nodes[id(fake)]))
+        return fake
+
+    def _draw(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with self.fake_mode:
+            like = func(*args, **kwargs)
+        found = as_noise(func, args, kwargs, like)
+        if found is None:
+            raise CaptureError(
+                f"the random op {func} cannot be captured",
+                where=self._line(),
+                why="its distribution depends on data in a way that is not known to unrollc",
+                remedy="draw the noise with torch.rand/randn/bernoulli and transform it",
+            )
+        noise, finish = found
+        example = torch.empty(noise.shape, dtype=noise.dtype, device="meta")
+        with self.fake_mode:
+            fake = torch.empty_strided(
+                example.shape, example.stride(), dtype=noise.dtype, device=noise.device
+            )
+        node = self._placeholder(f"noise_{len(self.noise)}", fake)
+        self.noise.append((noise, node))
+        with self:
+            return finish(fake)
+
+    # -- numbers that Python reads ----------------------------------------------------------
+
+    def _follow(self, node: fx.Node, func: Any, args: Any, kwargs: Any) -> None:
+        """Compute `node` on concrete values as well, where all its inputs have one."""
+        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if not all(self._nodes[id(tensor)] in self.concrete for tensor in tensors):
+            return
+        leaves = pytree.tree_leaves(node.meta["val"])
+        if any(isinstance(x, Tensor) and x.numel() > _CONCRETE_NUMEL for x in leaves):
+            return
+        if not tensors and any(isinstance(x, Tensor) and x.dim() for x in leaves):
+            return
+        real_args, real_kwargs = pytree.tree_map_only(
+            Tensor, lambda tensor: self.concrete[self._nodes[id(tensor)]], (args, kwargs)
+        )
+        real_kwargs = {**real_kwargs, **({"device": "cpu"} if "device" in real_kwargs else {})}
+        with torch._C._DisableTorchDispatch():
+            self.concrete[node] = func(*real_args, **real_kwargs)
+
+    def _read_number(self, tensor: Tensor) -> float | int | bool:
+        node = self._nodes.get(id(tensor))
+        if node is None:  # a real tensor of the user's: its value is part of the captured code
+            self._known(tensor)
+            node = self._nodes[id(self._known(tensor))]
+            self.concrete[node] = tensor.detach().cpu()
+        source = self._line()
+        if node not in self.concrete:
+            raise CaptureError(
+                "Python control flow or arithmetic depends on the data",
+                where=source,
+                why="the value of a tensor is read (if, float(), .item(), indexing), so one graph "
+                "cannot stand for all inputs",
+                remedy="use torch.where or tensor arithmetic instead of reading the value",
+            )
+        value = self.concrete[node].item()
+        self.guards.append(Guard(node, value, source, truth=isinstance(value, bool)))
+        return value
+
+    # -- lines and stopped gradients ----------------------------------------------------------
+
+    def _line(self) -> Source | None:
+        running = torch._C._current_autograd_node()
+        if running is not None:
+            return self._lines.get(running._sequence_nr())
+        if self.origin is not None:
+            source = self.origin.meta.get("source")
+        else:
+            source = self._sources.here(optimizer=self.phase is Phase.UPDATE)
+        self._lines[torch.autograd._get_sequence_nr() - 1] = source
+        return source
+
+    def _stops_gradient(self) -> bool:
+        """Whether the user's ``no_grad`` is on in forward or loss: a stop-gradient."""
+        return (
+            self.phase in (Phase.FORWARD, Phase.LOSS)
+            and self.origin is None
+            and not self.declaring
+            and not torch.is_grad_enabled()
+        )
+
+    def _after_stop(self, node: fx.Node, source: Source | None) -> fx.Node:
+        """`node`, behind a ``detach`` where it was computed under ``no_grad``."""
+        if node not in self._stopped:
+            return node
+        stop = self._stopped[node]
+        if stop is None:
+            stop = self.graph.call_function(aten.detach.default, (node,))
+            stop.meta.update(phase=self.phase, source=source, val=node.meta["val"])
+            self._stopped[node] = stop
+        return stop
+
+    @contextlib.contextmanager
+    def declared(self) -> Iterator[None]:
+        """Ops inside are part of a derivative that the user declares, not stopped ones."""
+        before, self.declaring = self.declaring, True
+        try:
+            yield
+        finally:
+            self.declaring = before
+
+
+class _RecordedFunctionalization(FunctionalTensorMode):
+    """Functionalization whose pure ops go to the recorder."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        with self._recorder:
+            return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def _from_functional(tensor: FunctionalTensor) -> Tensor:
+    torch._sync(tensor)
+    return torch._from_functional_tensor(tensor.elem)

@@ -1,0 +1,1 @@
+"""Differentiation: a step graph becomes its adjoint (vector-Jacobian product)."""

@@ -1,0 +1,123 @@
+"""Running a step graph again, node by node, so that autograd can see it."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.autograd import Function
+
+from unrollc.capture.record import Recorder
+from unrollc.capture.source import SourceFinder
+from unrollc.step import ATTACH, Phase, StepGraph
+
+aten = torch.ops.aten
+
+
+class _Attach(Function):
+    """The value of the first argument with the derivative of the second."""
+
+    @staticmethod
+    def forward(value: Tensor, carrier: Tensor) -> Tensor:  # type: ignore[override]
+        return value.view_as(value)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
+        return None, cotangent
+
+
+def _batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, ...]:
+    """Batch norm by ops that have a derivative; running statistics carry none, as in PyTorch."""
+    if not training:
+        out = aten.native_batch_norm.default(
+            x, weight, bias, mean, variance, False, momentum, eps
+        )
+        return (*out, mean, variance)
+    out = aten._native_batch_norm_legit.no_stats(x, weight, bias, True, momentum, eps)
+    with torch.no_grad():
+        updated = aten._native_batch_norm_legit_functional.default(
+            x, weight, bias, mean, variance, True, momentum, eps
+        )
+    return (*out, updated[3], updated[4])
+
+
+def _copy(destination: Tensor, source: Tensor) -> Tensor:
+    """The functional ``copy``: the source in the destination's shape and dtype."""
+    return source.to(destination.dtype).expand(destination.shape)
+
+
+#: Ops that are replayed by an equivalent that PyTorch can differentiate.
+_EQUIVALENTS: dict[Any, Callable[..., Any]] = {
+    ATTACH: _Attach.apply,
+    aten.copy.default: _copy,
+    aten._native_batch_norm_legit_functional.default: _batch_norm,
+}
+
+
+class Replay:
+    """Executes nodes of a graph on tensors under a recorder.
+
+    Attributes:
+        values: What each node executed so far stands for.
+    """
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = recorder
+        self.values: dict[fx.Node, Any] = {}
+
+    def bind(self, nodes: Iterable[fx.Node], tensors: Iterable[Tensor]) -> None:
+        """Give placeholders their tensors."""
+        self.values.update(zip(nodes, tensors, strict=True))
+
+    def run(self, nodes: Iterable[fx.Node], phase: Phase | None = None) -> None:
+        """Execute `nodes` in order; recorded nodes keep their phase unless one is given."""
+        for node in nodes:
+            if node.op == "call_function" and node not in self.values:
+                self.values[node] = self.execute(node, phase)
+
+    def execute(self, node: fx.Node, phase: Phase | None = None) -> Any:
+        args, kwargs = self.arguments(node)
+        self.recorder.phase = phase or node.meta["phase"]
+        self.recorder.origin = node
+        return self.call(node, args, kwargs)
+
+    def arguments(self, node: fx.Node) -> tuple[Any, Any]:
+        args = fx.map_arg(node.args, self.values.__getitem__)
+        kwargs = fx.map_arg(node.kwargs, self.values.__getitem__)
+        return args, kwargs
+
+    @staticmethod
+    def call(node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        target: Any = _EQUIVALENTS.get(node.target, node.target)
+        return target(*args, **kwargs)
+
+
+def new_recorder(step: StepGraph) -> Recorder:
+    """A recorder on the fake mode of `step`'s own fake tensors."""
+    return Recorder(SourceFinder({}))
+
+
+def calls(step: StepGraph, *phases: Phase) -> list[fx.Node]:
+    """The op nodes of some phases in order, tuple projections included."""
+    return [n for n in step.graph.nodes if n.op == "call_function" and n.meta["phase"] in phases]
+
+
+def is_projection(node: fx.Node) -> bool:
+    """Whether the node picks one result of an op with several."""
+    return node.target is operator.getitem

@@ -1,0 +1,132 @@
+"""Reverse-over-reverse: the captured step, gradient included, differentiated by autograd."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from unrollc.differentiate.adjoint import (
+    Key,
+    StepAdjoint,
+    cotangent_inputs,
+    differentiable_inputs,
+    finish,
+)
+from unrollc.differentiate.replay import Replay, calls, new_recorder
+from unrollc.step import Phase, Role, StepGraph, Value
+
+
+def reverse_adjoint(
+    step: StepGraph,
+    wanted: frozenset[Key],
+    live: frozenset[Key],
+    *,
+    first_order: bool = False,
+    reason: str = "",
+) -> StepAdjoint:
+    """``step --> adjoint`` in reverse mode, exact for any captured step.
+
+    Args:
+        step: One inner step.
+        wanted: Meta-parameters among hyper, context and batch inputs.
+        live: State outputs whose cotangent is not structurally zero.
+        first_order: Take the inner gradient as a constant (first-order MAML).
+        reason: Why this mode is used.
+    """
+    recorder = new_recorder(step)
+    inputs = [
+        recorder.input(v.name, n.meta["val"])
+        for v, n in zip(step.inputs, step.placeholders, strict=True)
+    ]
+    cot_values, cot_tensors, cot_nodes = cotangent_inputs(step, live, recorder)
+    targets = differentiable_inputs(step, wanted)
+
+    def run(*tensors: Tensor) -> list[Tensor | None]:
+        given, cotangents = tensors[: len(inputs)], tensors[len(inputs) :]
+        replay = Replay(recorder)
+        replay.bind(step.placeholders, given)
+        with torch.enable_grad():
+            leaves = [replay.values[node].requires_grad_() for _, node in targets]
+            nodes = calls(step, *Phase)
+            replay.run(nodes if not first_order else _stopping_at_gradients(step, replay))
+            return vector_jacobian(
+                recorder, replay, cot_nodes, leaves, list(cotangents)
+            )
+
+    grads = recorder.run(run, [*inputs, *cot_tensors])
+    contributions = [(value, grad) for (value, _), grad in zip(targets, grads, strict=True)]
+    graph = finish(step, recorder, [*step.inputs, *cot_values], contributions)
+    return StepAdjoint(graph, "reverse", reason)
+
+
+def _stopping_at_gradients(step: StepGraph, replay: Replay) -> Any:
+    """Nodes in order; each inner gradient is detached as soon as it is there."""
+    stops = {node for _, node in step.outputs_with(Role.GRADIENT)}
+    for node in calls(step, *Phase):
+        if node.meta["phase"] is Phase.UPDATE:
+            for stop in stops:
+                replay.values[stop] = replay.values[stop].detach()
+            stops = set()
+        yield node
+
+
+def vector_jacobian(
+    recorder: Any,
+    replay: Replay,
+    outputs: list[fx.Node],
+    leaves: list[Tensor],
+    cotangents: list[Tensor],
+) -> list[Tensor | None]:
+    """Cotangents of `leaves`, None where no path leads to them."""
+    recorder.origin = None
+    recorder.phase = Phase.ADJOINT
+    reached = [
+        (replay.values[node], cotangent)
+        for node, cotangent in zip(outputs, cotangents, strict=True)
+        if replay.values[node].requires_grad
+    ]
+    if not reached or not leaves:
+        return [None for _ in leaves]
+    return list(
+        torch.autograd.grad(
+            [out for out, _ in reached],
+            leaves,
+            [cotangent for _, cotangent in reached],
+            allow_unused=True,
+        )
+    )
+
+
+def loss_gradient(graph: StepGraph, wanted: frozenset[Key]) -> StepGraph:
+    """``(inputs) -> loss`` becomes ``(inputs) -> loss, B_T, contributions`` (cotangent 1).
+
+    Args:
+        graph: The validation loss.
+        wanted: Inputs besides the state whose cotangent is asked for.
+    """
+    recorder = new_recorder(graph)
+    inputs = [
+        recorder.input(v.name, n.meta["val"])
+        for v, n in zip(graph.inputs, graph.placeholders, strict=True)
+    ]
+    targets = differentiable_inputs(graph, wanted)
+    (loss,) = graph.results
+    assert loss is not None
+
+    def run(*tensors: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+        replay = Replay(recorder)
+        replay.bind(graph.placeholders, tensors)
+        with torch.enable_grad():
+            leaves = [replay.values[node].requires_grad_() for _, node in targets]
+            replay.run(calls(graph, *Phase))
+            value = replay.values[loss]
+            recorder.phase = Phase.ADJOINT
+            one = torch.ones_like(value)
+            return value.detach(), vector_jacobian(recorder, replay, [loss], leaves, [one])
+
+    value, grads = recorder.run(run, inputs)
+    contributions = [(v, grad) for (v, _), grad in zip(targets, grads, strict=True)]
+    extra = [(Value(Role.LOSS, "val_loss", "val_loss"), value)]
+    return finish(graph, recorder, list(graph.inputs), contributions, extra)

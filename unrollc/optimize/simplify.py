@@ -1,0 +1,208 @@
+"""Passes that remove what a graph does not need. Each is ``before --> after``, values unchanged.
+
+`simplify` applies them to a copy until nothing changes and verifies the graph after each.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.node import map_arg
+
+from unrollc.step import ATTACH, Phase, StepGraph, copy, verify
+
+aten = torch.ops.aten
+
+Pass = Callable[[fx.Graph], bool]
+
+
+def simplify(step: StepGraph) -> StepGraph:
+    """A simplified copy of `step`."""
+    result = copy(step)
+    changed = True
+    while changed:
+        changed = False
+        for rewrite in PASSES:
+            if rewrite(result.graph):
+                changed = True
+                verify(result)
+    result.module.recompile()
+    return result
+
+
+def remove_identities(graph: fx.Graph) -> bool:
+    """``detach(x) --> x``, and other ops that change nothing about the value.
+
+    Derivatives have been taken when this runs, so stop-gradients and declared derivatives have
+    done their work.
+    """
+    changed = False
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        replacement = _identity(node)
+        if replacement is not None:
+            node.replace_all_uses_with(replacement)
+            graph.erase_node(node)
+            changed = True
+    return changed
+
+
+def _identity(node: fx.Node) -> fx.Node | None:
+    args: Any = node.args
+    if node.target in (aten.detach.default, aten.alias.default, aten.clone.default, ATTACH):
+        return args[0] if _alike(node, args[0]) else None
+    if node.target is aten.copy.default and isinstance(args[1], fx.Node):
+        return args[1] if _alike(node, args[1]) else None
+    if node.target in (aten._to_copy.default, aten.expand.default, aten.reshape.default):
+        return args[0] if _alike(node, args[0]) else None
+    if node.target is aten.t.default and args[0].target is aten.t.default:
+        return args[0].args[0]  # type: ignore[no-any-return]
+    return None
+
+
+def _alike(first: fx.Node, second: fx.Node) -> bool:
+    a, b = first.meta["val"], second.meta["val"]
+    return (
+        isinstance(a, Tensor)
+        and isinstance(b, Tensor)
+        and (a.shape, a.stride(), a.dtype, a.device) == (b.shape, b.stride(), b.dtype, b.device)
+    )
+
+
+def relax_views(graph: fx.Graph) -> bool:
+    """``view(x, shape) --> reshape(x, shape)``.
+
+    The strides that fake tensors predict are not always those of the kernels (seen: a difference
+    with a reduced tensor), and a view of other strides would fail; a reshape copies if it must.
+    """
+    changed = False
+    for node in graph.nodes:
+        if node.target in (aten.view.default, aten._unsafe_view.default):
+            node.target = aten.reshape.default
+            changed = True
+    return changed
+
+
+_ZERO_MAKERS = (
+    aten.zeros.default,
+    aten.zeros_like.default,
+    aten.new_zeros.default,
+    aten._efficientzerotensor.default,
+)
+_ZERO_PRODUCTS = (
+    aten.mul.Tensor,
+    aten.mul.Scalar,
+    aten.mm.default,
+    aten.bmm.default,
+    aten.neg.default,
+    aten.t.default,
+    aten.reshape.default,
+    aten.expand.default,
+    aten.permute.default,
+    aten.transpose.int,
+)
+
+
+def propagate_zeros(graph: fx.Graph) -> bool:
+    """``x + 0 --> x`` and ``x * 0 --> 0`` for zeros that differentiation made.
+
+    Such a zero is structural (no path leads there), so unlike a zero of the user's it stays zero
+    against an infinite factor.
+    """
+    changed = False
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.meta["phase"] is not Phase.ADJOINT:
+            continue
+        args: Any = node.args
+        zeros = [arg for arg in args if isinstance(arg, fx.Node) and _is_zero(arg)]
+        if not zeros:
+            continue
+        if node.target in (aten.add.Tensor, aten.sub.Tensor) and len(args) == 2:
+            other = args[1] if args[0] is zeros[0] else args[0]
+            subtracted = node.target is aten.sub.Tensor and args[0] is zeros[0]
+            if isinstance(other, fx.Node) and not subtracted and _alike(node, other):
+                node.replace_all_uses_with(other)
+                graph.erase_node(node)
+                changed = True
+        elif node.target in _ZERO_PRODUCTS and node.users:
+            with graph.inserting_before(node):
+                value = node.meta["val"]
+                zero = graph.call_function(
+                    aten.zeros.default,
+                    (list(value.shape),),
+                    {"dtype": value.dtype, "device": value.device},
+                )
+            zero.meta = dict(node.meta)
+            node.replace_all_uses_with(zero)
+            graph.erase_node(node)
+            changed = True
+    return changed
+
+
+def _is_zero(node: fx.Node) -> bool:
+    return node.target in _ZERO_MAKERS and node.meta.get("phase") is Phase.ADJOINT
+
+
+def merge_common(graph: fx.Graph) -> bool:
+    """Two equal ops on equal arguments --> one."""
+    seen: dict[Any, fx.Node] = {}
+    changed = False
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        key = _key(node)
+        first = seen.setdefault(key, node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            graph.erase_node(node)
+            changed = True
+    return changed
+
+
+def _key(node: fx.Node) -> Any:
+    described = map_arg((node.args, node.kwargs), lambda n: _Reference(n))
+    return (node.target, repr(described))
+
+
+class _Reference:
+    def __init__(self, node: fx.Node) -> None:
+        self.node = node
+
+    def __repr__(self) -> str:
+        return f"%{id(self.node)}"
+
+
+def remove_dead(graph: fx.Graph) -> bool:
+    """Ops whose results nobody reads are dropped; inputs stay."""
+    changed = False
+    for node in reversed(list(graph.nodes)):
+        if node.op == "call_function" and not node.users:
+            graph.erase_node(node)
+            changed = True
+    return changed
+
+
+#: The pipeline, in order.
+PASSES: tuple[Pass, ...] = (
+    relax_views,
+    remove_identities, 
+    propagate_zeros,
+    merge_common,
+    remove_dead,
+)
+
+
+def structural_zeros(step: StepGraph) -> tuple[bool, ...]:
+    """For each output, whether it is zero by structure."""
+    return tuple(node is None or _is_zero(_origin(node)) for node in step.results)
+
+
+def _origin(node: fx.Node) -> fx.Node:
+    while node.target is operator.getitem:
+        node = node.args[0]  # type: ignore[assignment]
+    return node
