@@ -33,6 +33,7 @@ def assemble(
     outputs: Sequence[tuple[Value, fx.Node | None]],
     names: Names,
     lifted: list[Tensor],
+    known_constants: Mapping[str, Tensor] | None = None,
 ) -> StepGraph:
     """The recorded graph with typed inputs and outputs.
 
@@ -42,10 +43,11 @@ def assemble(
         outputs: What is returned.
         names: Identifiers for labels.
         lifted: Tensors from outside that earlier graphs lifted; new ones are appended.
+        known_constants: Constants among `values`, by name.
     """
     explicit = {value.name: value for value in values}
     inputs: list[tuple[Value, fx.Node]] = []
-    constants: dict[str, Tensor] = {}
+    constants: dict[str, Tensor] = dict(known_constants or {})
     special: dict[fx.Node, Value] = {}
     for tensor, node in recorder.lifted:
         index = next((i for i, known in enumerate(lifted) if known is tensor), len(lifted))
@@ -53,9 +55,9 @@ def assemble(
             lifted.append(tensor)
         label = f"closure[{index}]"
         special[node] = Value(Role.CONTEXT, label, names(label))
-    for index, (tensor, node) in enumerate(recorder.constants):
-        special[node] = Value(Role.CONSTANT, f"constant {index}", f"constant_{index}")
-        constants[f"constant_{index}"] = tensor
+    for tensor, node in recorder.constants:
+        special[node] = Value(Role.CONSTANT, node.name, node.name)
+        constants[node.name] = tensor
     for index, (noise, node) in enumerate(recorder.noise):
         special[node] = Value(Role.NOISE, f"noise {index}", f"noise_{index}", noise=noise)
     for node in recorder.graph.nodes:
@@ -147,48 +149,66 @@ def _meta(node: fx.Node) -> str:
 
 
 @dataclass(frozen=True)
-class Concretes:
-    """What capture took from known scalars, as a function of them.
+class Slice:
+    """Arithmetic of known scalars, cut out of a recording.
 
     Attributes:
-        inputs: Labels of the scalars.
-        guards: The values that Python saw.
-        counters: Labels of scalars that the step changes.
-        module: ``(*inputs) -> (*guards, *counters)`` on CPU, or None where there is nothing.
+        inputs: Labels of the scalars that it reads.
+        module: ``(*inputs) -> (*results)`` on CPU, or None where there is no result.
     """
 
     inputs: tuple[str, ...]
-    guards: tuple[float | int | bool, ...]
-    counters: tuple[str, ...]
     module: fx.GraphModule | None
 
-    def _run(self, concrete: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    def run(self, concrete: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         if self.module is None:
             return ()
         return tuple(self.module(*(concrete[label] for label in self.inputs)))
 
+
+@dataclass(frozen=True)
+class Concretes:
+    """What capture took from known scalars, as a function of them.
+
+    Attributes:
+        guards: The values that Python saw.
+        guarded: Computes them anew.
+        counters: Labels of scalars that the step changes.
+        counted: Computes these.
+    """
+
+    guards: tuple[float | int | bool, ...]
+    guarded: Slice
+    counters: tuple[str, ...]
+    counted: Slice
+
     def accept(self, concrete: Mapping[str, Tensor]) -> bool:
         """Whether Python would see the same values under `concrete`."""
-        if not self.guards:
-            return True
-        if any(label not in concrete for label in self.inputs):
+        if any(label not in concrete for label in self.guarded.inputs):
             return False
-        seen = self._run(concrete)[: len(self.guards)]
+        seen = self.guarded.run(concrete)
         return all(s.item() == g for s, g in zip(seen, self.guards, strict=True))
 
     def advance(self, concrete: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The counters after the step."""
-        after = self._run(concrete)[len(self.guards) :]
-        return dict(zip(self.counters, after, strict=True))
+        return dict(zip(self.counters, self.counted.run(concrete), strict=True))
 
 
 def concretes_of(
     recorder: Recorder, labels: Mapping[fx.Node, str], counters: Mapping[str, fx.Node]
 ) -> Concretes:
     """Cut the arithmetic of known scalars out of a recording."""
-    results = [guard.node for guard in recorder.guards] + list(counters.values())
+    return Concretes(
+        tuple(guard.value for guard in recorder.guards),
+        _slice(recorder, labels, [guard.node for guard in recorder.guards]),
+        tuple(counters),
+        _slice(recorder, labels, list(counters.values())),
+    )
+
+
+def _slice(recorder: Recorder, labels: Mapping[fx.Node, str], results: list[fx.Node]) -> Slice:
     if not results:
-        return Concretes((), (), (), None)
+        return Slice((), None)
     needed = _needed(results)
     graph = fx.Graph()
     root = torch.nn.Module()
@@ -210,9 +230,4 @@ def concretes_of(
         if "device" in copy.kwargs:
             copy.kwargs = {**copy.kwargs, "device": torch.device("cpu")}
     graph.output(tuple(copies[node] for node in results))
-    return Concretes(
-        tuple(inputs),
-        tuple(guard.value for guard in recorder.guards),
-        tuple(counters),
-        fx.GraphModule(root, graph),
-    )
+    return Slice(tuple(inputs), fx.GraphModule(root, graph))

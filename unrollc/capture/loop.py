@@ -103,15 +103,17 @@ class Loop:
 
     def holds(self, concrete: Mapping[str, Any]) -> bool:
         """Whether the guards hold for the current scalars (hyperparameters and counters)."""
+        guarded = [kind.concretes for kind in self.kinds if kind.concretes.guards]
+        read = {label for concretes in guarded for label in concretes.guarded.inputs}
         known = {label: value for label, value in concrete.items() if not _is_per_step(value)}
+        counted = {label for kind in self.kinds for label in kind.concretes.counters}
+        if read <= set(known) - counted:
+            return all(concretes.accept(known) for concretes in guarded)
         for step, index in enumerate(self.kind_sequence):
-            kind = self.kinds[index]
-            if kind.concretes.guards == () and all(k.concretes.guards == () for k in self.kinds):
-                return True
             here = _at_step(concrete, step) | known
-            if not kind.concretes.accept(here):
+            if not self.kinds[index].concretes.accept(here):
                 return False
-            known = {**known, **kind.concretes.advance(here)}
+            known = {**known, **self.kinds[index].concretes.advance(here)}
         return True
 
 

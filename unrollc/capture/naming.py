@@ -6,7 +6,11 @@ import builtins
 import keyword
 import re
 
-_RESERVED = {"torch", "aten", "operator", "self", "inputs", "state", "kept", "steps", "math"}
+#: Names that generated code uses itself.
+_RESERVED = frozenset(
+    "torch math self inputs state kept losses loss noise seed cotangents totals j gradients".split()
+)
+_RESERVED_PREFIX = re.compile(r"(op|step|adjoint|noise|validate|constant|draw|accumulate)(_|$)")
 
 
 def identifier(label: str) -> str:
@@ -18,6 +22,8 @@ def identifier(label: str) -> str:
         text = match[1] + "_" + match[2]
     text = re.sub(r"[^0-9a-zA-Z]+", "_", text).strip("_") or "value"
     if text[0].isdigit():
+        text = "p_" + text
+    if _RESERVED_PREFIX.match(text):
         text = "p_" + text
     if keyword.iskeyword(text) or text in _RESERVED or hasattr(builtins, text):
         text += "_"

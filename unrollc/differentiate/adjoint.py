@@ -97,7 +97,4 @@ def finish(
         node = None if tensor is None else recorder.node_of(tensor)
         assert tensor is None or node is not None, f"the cotangent of {value.label} is unknown"
         outputs.append((typed, node))
-    graph = assemble(recorder, inputs, outputs, Names(), [])
-    return StepGraph(
-        graph.module, graph.inputs, graph.outputs, {**step.constants, **graph.constants}
-    )
+    return assemble(recorder, inputs, outputs, Names(), [], step.constants)

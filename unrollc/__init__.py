@@ -1,0 +1,43 @@
+"""unrollc: exact meta-gradients through unrolled training, compiled."""
+
+from unrollc.api import (
+    CaptureError,
+    FirstOrder,
+    InputError,
+    Lowered,
+    NonFiniteError,
+    NotYetError,
+    PerStep,
+    Program,
+    RequirementError,
+    Requirements,
+    Result,
+    Truncated,
+    UnrollcError,
+    check,
+    compile,
+    objective,
+    repeat,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CaptureError",
+    "FirstOrder",
+    "InputError",
+    "Lowered",
+    "NonFiniteError",
+    "NotYetError",
+    "PerStep",
+    "Program",
+    "RequirementError",
+    "Requirements",
+    "Result",
+    "Truncated",
+    "UnrollcError",
+    "check",
+    "compile",
+    "objective",
+    "repeat",
+]

@@ -1,0 +1,118 @@
+"""The face of unrollc."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unrollc.capture.batches import repeat
+from unrollc.capture.problem import Loss, Objective, PerStep, Problem, objective
+from unrollc.errors import (
+    CaptureError,
+    InputError,
+    NonFiniteError,
+    NotYetError,
+    RequirementError,
+    UnrollcError,
+)
+from unrollc.requirements.verdict import Requirements
+from unrollc.runtime.lowering import Lowered
+from unrollc.runtime.options import FirstOrder, Gradient, Truncated, read_options
+from unrollc.runtime.program import Program
+from unrollc.runtime.result import Result
+
+__all__ = [
+    "CaptureError",
+    "FirstOrder",
+    "InputError",
+    "Lowered",
+    "NonFiniteError",
+    "NotYetError",
+    "PerStep",
+    "Program",
+    "RequirementError",
+    "Requirements",
+    "Result",
+    "Truncated",
+    "UnrollcError",
+    "check",
+    "compile",
+    "objective",
+    "repeat",
+]
+
+
+def compile(  # noqa: A001 - the name users expect, as in torch.compile
+    model: nn.Module,
+    opt: torch.optim.Optimizer,
+    loss: Loss,
+    *,
+    val_loss: Loss | None = None,
+    meta: Sequence[Tensor | PerStep | str] | None = None,
+    gradient: Gradient = "exact",
+    memory: int | str | None = None,
+    backend: str = "auto",
+    debug: bool = False,
+) -> Program:
+    """Compile T steps of training, followed by a validation loss, into a differentiable program.
+
+    Compilation is lazy: the program is lowered at its first call, and again for new shapes.
+
+    Args:
+        model: Any module; left untouched. Its parameters in `opt` are θ_0, the others belong to
+            φ_loss.
+        opt: Any ``torch.optim.Optimizer`` over (some of) the model's parameters; left untouched.
+            A float hyperparameter becomes a meta-parameter where ``param_groups[i][key]`` is a
+            tensor that requires grad, or a `PerStep`.
+        loss: ``loss(prediction, target) -> scalar``, a module, or an `objective`.
+        val_loss: Likewise, for the validation batch; by default the same as `loss`.
+        meta: Meta-parameters, as tensors or labels; by default everything that requires grad.
+        gradient: "exact", `FirstOrder` or `Truncated`.
+        memory: Must be None in this version.
+        backend: "auto" or "aten" in this version.
+        debug: Look for NaN and infinity in data, losses and parameters at every call.
+
+    Returns:
+        A `Program`: ``result = program(train, val); result.loss.backward()``.
+
+    Raises:
+        InputError: If an argument has the wrong kind.
+        NotYetError: For a memory budget or the inductor backend.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model is {type(model).__name__}, not an nn.Module")
+    if not isinstance(opt, torch.optim.Optimizer):
+        raise InputError(
+            f"opt is {type(opt).__name__}, not a torch.optim.Optimizer",
+            remedy="pass an optimizer instance over the model's parameters",
+        )
+    val_loss = loss if val_loss is None else val_loss
+    for name, given in (("loss", loss), ("val_loss", val_loss)):
+        if not isinstance(given, Objective) and not callable(given):
+            raise InputError(f"{name} is {type(given).__name__}, not a callable")
+    options = read_options(meta, gradient, memory, backend, debug)
+    return Program(Problem(model, opt, loss, val_loss), options)
+
+
+def check(
+    model: nn.Module,
+    opt: torch.optim.Optimizer,
+    loss: Loss,
+    train: Any,
+    val: Any,
+    **options: Any,
+) -> Requirements:
+    """Decide whether the meta-gradients exist, without differentiating or running anything.
+
+    Args:
+        model, opt, loss: As for `compile`.
+        train, val: As for a call of the program.
+        options: Further keyword arguments of `compile`.
+
+    Returns:
+        `Requirements`: ``.ok``, and a `Verdict` a meta-parameter; a failed one raises nothing.
+    """
+    return compile(model, opt, loss, **options).check(train, val)

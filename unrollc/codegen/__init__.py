@@ -1,0 +1,1 @@
+"""Code generation: pieces become one readable Python module."""

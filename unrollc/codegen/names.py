@@ -1,0 +1,72 @@
+"""Names for the values of a graph, made from the model's own names."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+from torch import fx
+
+from unrollc.capture.naming import identifier
+from unrollc.step import Phase, Role, StepGraph
+
+#: Outputs are called after what they are.
+_PREFIX = {
+    Role.THETA: "new_",
+    Role.OPT_STATE: "new_",
+    Role.BUFFER: "new_",
+    Role.GRADIENT: "grad_",
+}
+
+
+def name_values(step: StepGraph, reserved: Iterable[str]) -> dict[fx.Node, str]:
+    """One identifier a node, unique in its function.
+
+    Inputs have their own names, results are called after what they are (``new_fc_weight``,
+    ``adj_fc_weight``), other values after the module and the op that made them; values of the
+    backward pass start with ``adj_``.
+    """
+    names = {node: node.name for node in step.placeholders}
+    taken = set(names.values()) | set(reserved)
+
+    def claim(base: str) -> str:
+        name, number = base, 1
+        while name in taken:
+            number += 1
+            name = f"{base}_{number}"
+        taken.add(name)
+        return name
+
+    for value, node in zip(step.outputs, step.results, strict=True):
+        if node is not None and node not in names:
+            names[node] = claim(_PREFIX.get(value.role, "") + value.name)
+    for node in step.graph.nodes:
+        if node.op == "call_function" and node not in names:
+            names[node] = claim(_describe(node))
+    return names
+
+
+def _describe(node: fx.Node) -> str:
+    origin: Any = node
+    suffix = ""
+    if node.target is operator.getitem:
+        origin, index = node.args
+        suffix = f"_{index}" if index else ""
+    source = origin.meta.get("source")
+    module = identifier(source.module) if source is not None and source.module else ""
+    op = op_name(origin.target).lstrip("_")
+    prefix = {Phase.ADJOINT: "adj_", Phase.GRADIENT: "grad_"}.get(origin.meta["phase"], "")
+    return prefix + "_".join(part for part in (module, op) if part) + suffix
+
+
+def op_name(target: Any) -> str:
+    """``mm`` for ``aten.mm.default``."""
+    return str(target._schema.name.split("::")[-1])
+
+
+def alias_of(target: Any) -> str:
+    """How generated code calls an op: ``mul``, or ``mul_Scalar`` for another overload."""
+    overload = target._overloadname
+    suffix = "" if overload in ("default", "Tensor") else f"_{overload}"
+    return f"op_{op_name(target)}{suffix}"

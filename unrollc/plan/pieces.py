@@ -1,0 +1,43 @@
+"""The graphs of a program and the order in which a schedule runs them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from unrollc.differentiate.adjoint import StepAdjoint
+from unrollc.plan.schedule import Schedule
+from unrollc.step import StepGraph
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Everything that the memory plan and the code generator need.
+
+    Attributes:
+        steps: The distinct inner steps; outputs are the new state and the inner loss.
+        sequence: For each of the T steps an index into `steps`.
+        adjoints: The distinct adjoints; which state outputs carry a cotangent differs.
+        adjoint_sequence: For each step an index into `adjoints`, or None before `schedule.stop`.
+        val: The validation loss.
+        val_gradient: The validation loss with B_T and its direct contributions; None for a
+            program that only adapts.
+        schedule: The order of actions.
+        per_step: Labels of inputs with one entry a step (`PerStep` values, batches).
+        stacked: Those of `per_step` that are one tensor with a leading T.
+        wanted: Labels of the meta-parameters whose gradient is returned.
+    """
+
+    steps: tuple[StepGraph, ...]
+    sequence: tuple[int, ...]
+    adjoints: tuple[StepAdjoint, ...]
+    adjoint_sequence: tuple[int | None, ...]
+    val: StepGraph
+    val_gradient: StepGraph | None
+    schedule: Schedule
+    per_step: frozenset[str]
+    stacked: frozenset[str]
+    wanted: tuple[str, ...]
+
+    @property
+    def differentiates(self) -> bool:
+        return self.val_gradient is not None

@@ -1,0 +1,1 @@
+"""Runtime: lowering with a cache, the autograd bridge, and what a call returns."""

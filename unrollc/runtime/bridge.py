@@ -1,0 +1,80 @@
+"""The autograd bridge: a whole program run as one autograd node."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils import _pytree as pytree
+
+
+@dataclass
+class Run:
+    """One call of a program.
+
+    Attributes:
+        module: The generated module.
+        inputs: Tensors by label; lists of tensors for batches in list form.
+        seed: Where the run's noise comes from.
+        wanted: Labels of the meta-parameters in the order of their tensors.
+        loss, state, inner_losses: What ``adapt`` returned.
+        kept, cotangents, totals: What ``backward`` needs; dropped after the last backward pass.
+    """
+
+    module: ModuleType
+    inputs: Mapping[str, Any]
+    seed: int
+    wanted: tuple[str, ...]
+    state: tuple[Tensor, ...] = ()
+    inner_losses: Tensor | None = None
+    kept: dict[int, Any] = field(default_factory=dict)
+    cotangents: tuple[Tensor, ...] = ()
+    totals: dict[str, Any] = field(default_factory=dict)
+
+    def adapt(self) -> Tensor:
+        loss, self.state, self.inner_losses, self.kept, cotangents, self.totals = (
+            self.module.adapt(self.inputs, self.seed)
+        )
+        self.cotangents = tuple(cotangents)
+        return loss  # type: ignore[no-any-return]
+
+    def forget(self) -> None:
+        """Drop what only a backward pass needs."""
+        self.kept, self.cotangents, self.totals = {}, (), {}
+
+
+class MetaLoop(torch.autograd.Function):
+    """``(meta-parameters) -> validation loss``."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Run, *meta: Tensor) -> Tensor:  # type: ignore[override]
+        tensors, spec = pytree.tree_flatten(dict(run.inputs))
+        loss = run.adapt()
+        ctx.save_for_backward(*tensors)
+        ctx.spec, ctx.module, ctx.seed, ctx.wanted = spec, run.module, run.seed, run.wanted
+        ctx.kept, ctx.cotangents, ctx.totals = run.kept, run.cotangents, run.totals
+        run.forget()
+        return loss
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        inputs = pytree.tree_unflatten(ctx.saved_tensors, ctx.spec)
+        kept, cotangents, totals = ctx.kept, ctx.cotangents, ctx.totals
+        if torch._C._autograd._get_current_graph_task_keep_graph():
+            kept = dict(kept)
+        else:  # the states are freed one by one while the backward pass goes on
+            ctx.kept = ctx.cotangents = ctx.totals = None
+        gradients = ctx.module.backward(inputs, ctx.seed, kept, cotangents, totals)
+        flat: list[Tensor | None] = [None]
+        for label in ctx.wanted:
+            value = gradients.get(label)
+            count = len(inputs[label]) if isinstance(inputs[label], list) else None
+            values = [value] if count is None else (value or [None] * count)
+            flat += [None if v is None else v * cotangent.to(v.dtype) for v in values]
+        return tuple(flat)

@@ -1,0 +1,210 @@
+"""The options of ``compile`` and which meta-parameters they ask for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from unrollc.capture.batches import Batches
+from unrollc.capture.problem import PerStep, Stock
+from unrollc.errors import InputError, NotYetError, RequirementError
+from unrollc.requirements.check import MetaParameter
+from unrollc.step import Role
+
+
+@dataclass(frozen=True)
+class FirstOrder:
+    """Take the inner gradient as a constant: first-order MAML (Finn et al. 2017, §5.2).
+
+    The update is still differentiated in θ, in its state and in its hyperparameters; whatever
+    acts through the inner gradient alone has no gradient.
+    """
+
+
+@dataclass(frozen=True)
+class Truncated:
+    """Go back through the last `steps` inner steps only (Shaban et al. 2019, K-RMD).
+
+    θ_{T-k} and the optimizer state there count as constants, so θ_0 gets no gradient if k < T.
+
+    Attributes:
+        steps: k, at least 1.
+    """
+
+    steps: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 1:
+            raise InputError(
+                f"Truncated(k): k is {self.steps!r}", remedy="pass a positive number of steps"
+            )
+
+
+Gradient = str | FirstOrder | Truncated
+
+
+@dataclass(frozen=True)
+class Options:
+    """Keyword arguments of ``compile``, checked.
+
+    Attributes:
+        meta: What the user asked for, or None for every tensor that requires grad.
+        gradient: "exact", `FirstOrder` or `Truncated`.
+        debug: Whether every run looks for NaN and infinity.
+    """
+
+    meta: tuple[Any, ...] | None
+    gradient: Gradient
+    debug: bool
+
+    @property
+    def first_order(self) -> bool:
+        return isinstance(self.gradient, FirstOrder)
+
+    def steps_back(self, steps: int) -> int:
+        """How many of T steps the backward pass goes back."""
+        if isinstance(self.gradient, Truncated):
+            return min(self.gradient.steps, steps)
+        return steps
+
+
+def read_options(
+    meta: Any, gradient: Any, memory: Any, backend: Any, debug: Any
+) -> Options:
+    """Check the keyword arguments of ``compile``.
+
+    Raises:
+        InputError: For a value of the wrong kind.
+        NotYetError: For what the interface names and this version does not do.
+    """
+    if not isinstance(gradient, FirstOrder | Truncated) and gradient != "exact":
+        raise InputError(
+            f"gradient={gradient!r}",
+            remedy='pass "exact", unrollc.FirstOrder() or unrollc.Truncated(k)',
+        )
+    if memory is not None:
+        _refuse_memory(memory)
+    if backend not in ("auto", "aten", "inductor"):
+        raise InputError(f"backend={backend!r}", remedy='pass "auto", "aten" or "inductor"')
+    if backend == "inductor":
+        raise NotYetError(
+            'backend="inductor" is not available yet',
+            remedy='use backend="aten" (what "auto" means in this version)',
+        )
+    if not isinstance(debug, bool):
+        raise InputError(f"debug={debug!r}", remedy="pass True or False")
+    if meta is not None and (isinstance(meta, str | Tensor) or not isinstance(meta, Sequence)):
+        raise InputError(
+            f"meta is {type(meta).__name__}, not a list",
+            remedy="pass a list of tensors or labels, e.g. meta=[lr] or meta=['fc.weight']",
+        )
+    return Options(None if meta is None else tuple(meta), gradient, debug)
+
+
+def _refuse_memory(memory: Any) -> None:
+    number = isinstance(memory, int) and not isinstance(memory, bool) and memory > 0
+    text = isinstance(memory, str) and re.fullmatch(r"\d+(\.\d+)? ?([KMGT]i?)?B", memory.strip())
+    if not number and not text:
+        raise InputError(
+            f"memory={memory!r} is not a budget",
+            remedy='pass None, a number of bytes, or text like "64MiB"',
+        )
+    raise NotYetError(
+        "memory= budgets are not available yet",
+        why="this version keeps every state, which is its fastest schedule",
+        remedy="leave memory=None and look at lowered.plan.peak_bytes",
+    )
+
+
+def candidates(
+    stock: Stock, train: Batches, val: Batches, lifted: Mapping[str, Tensor]
+) -> dict[tuple[Role, str], tuple[Tensor, ...]]:
+    """Every tensor that may be a meta-parameter, by role and label (several for list batches)."""
+    found: dict[tuple[Role, str], tuple[Tensor, ...]] = {}
+    for label, tensor in stock.theta.items():
+        found[Role.THETA, label] = (tensor,)
+    for label, value in stock.hyper.items():
+        found[Role.HYPER, label] = (value.per_step if isinstance(value, PerStep) else value,)
+    for label, tensor in {**stock.context, **lifted}.items():
+        found[Role.CONTEXT, label] = (tensor,)
+    for batches in (train, val):
+        for label, leaf in zip(batches.labels, batches.leaves, strict=True):
+            found[Role.BATCH, label] = leaf if isinstance(leaf, tuple) else (leaf,)
+    return found
+
+
+def resolve_meta(
+    options: Options,
+    known: Mapping[tuple[Role, str], tuple[Tensor, ...]],
+    steps: int,
+    *,
+    complete: bool,
+) -> list[MetaParameter]:
+    """The meta-parameters: those that require grad, or those that the user lists.
+
+    Args:
+        options: The user's options.
+        known: Candidates by role and label.
+        steps: T.
+        complete: Whether `known` holds closure tensors already; until then an unknown tensor is
+            no error.
+    """
+    truncated = options.steps_back(steps) < steps
+    if options.meta is None:
+        found = []
+        for (role, label), tensors in known.items():
+            if any(tensor.requires_grad for tensor in tensors):
+                waived = role is Role.THETA and truncated
+                waiver = f"Truncated({options.steps_back(steps)}) does not go back to θ_0"
+                found.append(MetaParameter(role, label, not waived, waiver if waived else ""))
+        return found
+    return _listed(options.meta, known, complete)
+
+
+def _listed(
+    meta: Sequence[Any], known: Mapping[tuple[Role, str], tuple[Tensor, ...]], complete: bool
+) -> list[MetaParameter]:
+    by_label = {label: key for key in known for label in (key[1],)}
+    by_id = {id(t): key for key, tensors in known.items() for t in tensors}
+    found: dict[tuple[Role, str], MetaParameter] = {}
+    for position, item in enumerate(meta):
+        item = item.per_step if isinstance(item, PerStep) else item
+        if isinstance(item, str):
+            key = by_label.get(item)
+            if key is None and complete:
+                raise InputError(
+                    f"meta[{position}] = {item!r} names nothing that the program knows",
+                    remedy=f"known labels: {', '.join(sorted(by_label))}",
+                )
+        elif isinstance(item, Tensor):
+            key = by_id.get(id(item))
+            if key is None and complete:
+                raise RequirementError(
+                    f"nothing depends on meta[{position}] (shape {list(item.shape)})",
+                    why="the tensor is neither a parameter, a hyperparameter, a batch nor read by "
+                    "the model or a loss",
+                    remedy="pass the tensor object that the program uses",
+                )
+        else:
+            raise InputError(
+                f"meta[{position}] is {type(item).__name__}",
+                remedy="list tensors or labels",
+            )
+        if key is None:
+            continue
+        if key in found and complete:
+            raise InputError(
+                f"meta lists {key[1]} twice (again at meta[{position}])",
+                remedy="list every meta-parameter once",
+            )
+        if not any(tensor.requires_grad for tensor in known[key]):
+            raise InputError(
+                f"meta[{position}] ({key[1]}) does not require grad",
+                remedy="call .requires_grad_() on it before the call",
+            )
+        found[key] = MetaParameter(*key)
+    return list(found.values())

@@ -1,0 +1,237 @@
+"""A compiled program: lowering on first use, a cache, and calls."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from unrollc.capture.batches import Batches, read_train, read_val
+from unrollc.capture.loop import known_scalars
+from unrollc.capture.optimizer import Leaf
+from unrollc.capture.problem import (
+    Objective,
+    PerStep,
+    Problem,
+    Stock,
+    fingerprint,
+    take_stock,
+)
+from unrollc.errors import NonFiniteError
+from unrollc.requirements.verdict import Requirements
+from unrollc.runtime.bridge import MetaLoop, Run
+from unrollc.runtime.load import load
+from unrollc.runtime.lowering import Lowered, capture_and_check, lower
+from unrollc.runtime.options import Options
+from unrollc.runtime.result import Result
+from unrollc.step import STATE_ROLES, Role
+
+
+class Program:
+    """T inner steps and a validation loss as one differentiable function; see `unrollc.compile`."""
+
+    def __init__(self, problem: Problem, options: Options) -> None:
+        self._problem = problem
+        self._options = options
+        self._cache: dict[Any, list[tuple[Lowered, ModuleType]]] = {}
+
+    def __call__(self, train: Any, val: Any) -> Result:
+        """Adapt on `train`, evaluate on `val`.
+
+        Args:
+            train: A list of T batches, a tuple ``(inputs, target)`` of tensors with a leading T,
+                or ``unrollc.repeat(batch, T)``.
+            val: One batch ``(inputs, target)``.
+
+        Returns:
+            A `Result`; under ``torch.no_grad()`` its loss carries no gradient and nothing is
+            kept for a backward pass.
+
+        Raises:
+            InputError: If an argument has the wrong form.
+            CaptureError: If the model, a loss or the optimizer cannot be captured.
+            RequirementError: If a requested meta-gradient does not exist.
+            NonFiniteError: With ``debug=True``, at the first NaN or infinity.
+        """
+        stock, train_batches, val_batches = self._read(train, val)
+        lowered, module = self._lowered(
+            stock, train_batches, val_batches, torch.is_grad_enabled()
+        )
+        inputs = _inputs(lowered, stock, train_batches, val_batches)
+        if self._options.debug:
+            _check_finite(inputs)
+        seed = int(torch.randint(2**62, (), dtype=torch.int64))
+        run = Run(module, inputs, seed, lowered.pieces.wanted)
+        meta = [t for label in run.wanted for t in pytree.tree_leaves(inputs[label])]
+        if meta:
+            loss: Tensor = MetaLoop.apply(run, *meta)
+        else:
+            loss = run.adapt()
+            run.forget()
+        result = self._result(lowered, stock, run, loss)
+        if self._options.debug:
+            _check_result(result)
+        return result
+
+    def lower(self, train: Any, val: Any) -> Lowered:
+        """Capture, check, differentiate, plan and generate; run nothing.
+
+        The same object is returned until shapes, dtypes, devices, T, the structure of state or
+        the Python values that the code depends on change.
+        """
+        stock, train_batches, val_batches = self._read(train, val)
+        return self._lowered(stock, train_batches, val_batches, torch.is_grad_enabled())[0]
+
+    def inputs(self, train: Any, val: Any) -> dict[str, Any]:
+        """The tensors that a saved program takes, by label (detached)."""
+        stock, train_batches, val_batches = self._read(train, val)
+        lowered, _ = self._lowered(stock, train_batches, val_batches, torch.is_grad_enabled())
+        inputs = _inputs(lowered, stock, train_batches, val_batches)
+        return pytree.tree_map_only(Tensor, Tensor.detach, inputs)  # type: ignore[no-any-return]
+
+    def check(self, train: Any, val: Any) -> Requirements:
+        """The requirements alone; raises for no failed one."""
+        stock, train_batches, val_batches = self._read(train, val)
+        *_, requirements = capture_and_check(
+            self._problem, self._options, stock, train_batches, val_batches
+        )
+        return requirements
+
+    # -- lowering and its cache -----------------------------------------------------------------
+
+    def _read(self, train: Any, val: Any) -> tuple[Stock, Batches, Batches]:
+        paired = not isinstance(self._problem.loss, Objective)
+        paired_val = not isinstance(self._problem.val_loss, Objective)
+        train_batches = read_train(train, paired=paired)
+        val_batches = read_val(val, paired=paired_val)
+        return take_stock(self._problem), train_batches, val_batches
+
+    def _lowered(
+        self, stock: Stock, train: Batches, val: Batches, differentiate: bool
+    ) -> tuple[Lowered, ModuleType]:
+        key = (
+            differentiate,
+            fingerprint(self._problem),
+            _signature(stock),
+            train.signature(),
+            val.signature(),
+            torch.get_default_dtype(),
+        )
+        variants = self._cache.setdefault(key, [])
+        scalars = known_scalars(stock)
+        for lowered, module in variants:
+            if lowered.loop.holds(scalars):
+                return lowered, module
+        lowered = lower(
+            self._problem, self._options, stock, train, val, differentiate=differentiate
+        )
+        variants.append((lowered, load(lowered.generated)))
+        return variants[-1]
+
+    # -- results ----------------------------------------------------------------------------------
+
+    def _result(self, lowered: Lowered, stock: Stock, run: Run, loss: Tensor) -> Result:
+        last = lowered.pieces.steps[lowered.pieces.sequence[-1]]
+        owned = {id(t) for t in pytree.tree_leaves(dict(run.inputs)) if isinstance(t, Tensor)}
+        after: dict[Role, dict[str, Tensor]] = {role: {} for role in STATE_ROLES}
+        values = [value for value, _ in last.outputs_with(*STATE_ROLES)]
+        for value, tensor in zip(values, run.state, strict=True):
+            own = tensor.detach().clone() if id(tensor) in owned else tensor
+            after[value.role][value.label] = own
+        buffers = {k: t.detach().clone() for k, t in stock.buffers.items() if k not in after[Role.BUFFER]}
+        assert run.inner_losses is not None
+        state: dict[str, Any] = {}
+        for owner, spec, leaves in lowered.loop.layout.state:
+            filled = [
+                after[Role.OPT_STATE][leaf.label] if isinstance(leaf, Leaf) else leaf
+                for leaf in leaves
+            ]
+            state[owner] = pytree.tree_unflatten(filled, spec)
+        return Result(
+            loss=loss,
+            params=after[Role.THETA],
+            buffers={k: {**buffers, **after[Role.BUFFER]}[k] for k in stock.buffers},
+            opt_state=state,
+            inner_losses=run.inner_losses,
+            _write=self._apply,
+        )
+
+    def _apply(self, result: Result) -> None:
+        stock = take_stock(self._problem)
+        by_label = {label: p for label, p in {**stock.theta, **stock.context}.items()}
+        with torch.no_grad():
+            for label, tensor in result.params.items():
+                by_label[label].copy_(tensor)
+            for label, tensor in result.buffers.items():
+                stock.buffers[label].copy_(tensor)
+        for owner, state in result.opt_state.items():
+            own = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), state)
+            self._problem.opt.state[by_label.get(owner, owner)] = own  # type: ignore[index]
+
+
+def _signature(stock: Stock) -> Any:
+    def described(tensors: dict[str, Any]) -> tuple[Any, ...]:
+        rows = []
+        for label, value in tensors.items():
+            t = value.per_step if isinstance(value, PerStep) else value
+            row = (label, tuple(t.shape), t.dtype, t.device, t.requires_grad)
+            hooks = len(t._backward_hooks) if t._backward_hooks and t.is_leaf else 0
+            rows.append((*row, isinstance(value, PerStep), hooks))
+        return tuple(rows)
+
+    groups = (stock.theta, stock.context, stock.buffers, stock.hyper, stock.opt_state)
+    return (tuple(described(group) for group in groups), repr(stock.layout))  # type: ignore[arg-type]
+
+
+def _inputs(lowered: Lowered, stock: Stock, train: Batches, val: Batches) -> dict[str, Any]:
+    """What the generated module reads, by label."""
+    hyper = {
+        label: value.per_step if isinstance(value, PerStep) else value
+        for label, value in stock.hyper.items()
+    }
+    everything: dict[str, Any] = {
+        **stock.theta,
+        **stock.opt_state,
+        **stock.buffers,
+        **stock.context,
+        **hyper,
+        **lowered.loop.lifted,
+    }
+    for batches in (train, val):
+        for label, leaf in zip(batches.labels, batches.leaves, strict=True):
+            everything[label] = list(leaf) if isinstance(leaf, tuple) else leaf
+    labels = dict.fromkeys((*lowered.generated.labels, *lowered.pieces.wanted))
+    return {label: everything[label] for label in labels}
+
+
+def _check_finite(inputs: dict[str, Any]) -> None:
+    for label, value in inputs.items():
+        values = value if isinstance(value, list) else [value]
+        for step, tensor in enumerate(values):
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                name = f"{label} of step {step}" if isinstance(value, list) else label
+                raise NonFiniteError(
+                    f"{name} holds NaN or infinity",
+                    why="found before the run, because debug=True",
+                    remedy="clean the data; every later number would be NaN",
+                )
+
+
+def _check_result(result: Result) -> None:
+    bad = (~torch.isfinite(result.inner_losses)).nonzero()
+    if len(bad):
+        raise NonFiniteError(
+            f"the inner loss of step {int(bad[0])} is {result.inner_losses[bad[0]].item()}",
+            remedy="lower the learning rate, or look at the step's batch",
+        )
+    for label, tensor in result.params.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise NonFiniteError(
+                f"the adapted parameter {label} holds NaN or infinity",
+                remedy="lower the learning rate",
+            )
+    if not bool(torch.isfinite(result.loss)):
+        raise NonFiniteError(f"the validation loss is {result.loss.item()}")

@@ -1,0 +1,33 @@
+"""What a call of a program returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Result:
+    """The adapted model and its validation loss.
+
+    Attributes:
+        loss: Validation loss, 0-dim; ``loss.backward()`` fills ``.grad`` of the meta-parameters.
+        params: θ_T by parameter name, detached.
+        buffers: Buffers after the last step by name.
+        opt_state: The optimizer's state after the last step: ``{name: {key: value}}``.
+        inner_losses: Training losses of the inner steps, shape ``[T]``, detached.
+    """
+
+    loss: Tensor
+    params: Mapping[str, Tensor]
+    buffers: Mapping[str, Tensor]
+    opt_state: Mapping[str, Any]
+    inner_losses: Tensor
+    _write: Callable[[Result], None] = field(repr=False)
+
+    def apply(self) -> None:
+        """Write θ_T, buffers and optimizer state back into the user's model and optimizer."""
+        self._write(self)
