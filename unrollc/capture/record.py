@@ -144,12 +144,12 @@ class Recorder(TorchDispatchMode):
             return self._read_number(args[0])
         if func in (aten.lift_fresh.default, aten.lift_fresh_copy.default):
             return self._constant(args[0])
-        args, kwargs = pytree.tree_map_only(Tensor, self._known, (args, kwargs))
+        args, kwargs = map_tensors(self._known, (args, kwargs))
         if torch.Tag.nondeterministic_seeded in func.tags:
             return self._draw(func, args, kwargs)
         with self.fake_mode:
             result = func(*args, **kwargs)
-        if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result)):
+        if not isinstance(result, Tensor) and not _tensors_in(result):
             return result
         self._write(func, args, kwargs, result)
         return result
@@ -167,7 +167,7 @@ class Recorder(TorchDispatchMode):
             node = self._nodes[id(tensor)]
             return node if stop else self._after_stop(node, source)
 
-        node_args, node_kwargs = pytree.tree_map_only(Tensor, reference, (args, kwargs))
+        node_args, node_kwargs = map_tensors(reference, (args, kwargs))
         node = self.graph.call_function(func, node_args, node_kwargs)
         node.meta.update(phase=self.phase, source=source)
         node.meta["val"] = result
@@ -249,16 +249,18 @@ class Recorder(TorchDispatchMode):
 
     def _follow(self, node: fx.Node, func: Any, args: Any, kwargs: Any) -> None:
         """Compute `node` on concrete values as well, where all its inputs have one."""
-        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if not self.concrete:
+            return
+        tensors = _tensors_in((args, kwargs))
         if not all(self._nodes[id(tensor)] in self.concrete for tensor in tensors):
             return
-        leaves = pytree.tree_leaves(node.meta["val"])
-        if any(isinstance(x, Tensor) and x.numel() > _CONCRETE_NUMEL for x in leaves):
+        results = _tensors_in(node.meta["val"])
+        if any(x.numel() > _CONCRETE_NUMEL for x in results):
             return
-        if not tensors and any(isinstance(x, Tensor) and x.dim() for x in leaves):
+        if not tensors and any(x.dim() for x in results):
             return
-        real_args, real_kwargs = pytree.tree_map_only(
-            Tensor, lambda tensor: self.concrete[self._nodes[id(tensor)]], (args, kwargs)
+        real_args, real_kwargs = map_tensors(
+            lambda tensor: self.concrete[self._nodes[id(tensor)]], (args, kwargs)
         )
         real_kwargs = {**real_kwargs, **({"device": "cpu"} if "device" in real_kwargs else {})}
         with torch._C._DisableTorchDispatch():
@@ -343,3 +345,22 @@ class _RecordedFunctionalization(FunctionalTensorMode):
 def _from_functional(tensor: FunctionalTensor) -> Tensor:
     torch._sync(tensor)
     return torch._from_functional_tensor(tensor.elem)
+
+
+def map_tensors(change: Callable[[Tensor], Any], value: Any) -> Any:
+    """`value`, a nest of tuples, lists and dictionaries, with its tensors replaced."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, tuple):
+        return tuple(map_tensors(change, item) for item in value)
+    if isinstance(value, list):
+        return [map_tensors(change, item) for item in value]
+    if isinstance(value, dict):
+        return {key: map_tensors(change, item) for key, item in value.items()}
+    return value
+
+
+def _tensors_in(value: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    map_tensors(found.append, value)
+    return found

@@ -236,8 +236,7 @@ class _Module:
                 lines.append(f"accumulate(totals, {label}, {value.name})")
         state = ["*cotangents"] if graph is not self.val or cotangents else []
         targets = ", ".join([*filter(None, [first.rstrip(", ")]), *state, *terms])
-        if targets == "loss":
-            targets = "(loss,)"
+        targets = {"loss": "(loss,)", "*cotangents": "cotangents"}.get(targets, targets)
         drop = (["noise"] if noise else []) + terms
         head = []
         if name == "validate":

@@ -263,12 +263,16 @@ def _pruned(adjoint: StepAdjoint, keep: frozenset[Key]) -> StepAdjoint:
 
 
 class _Chooser:
-    """Makes adjoints, in mixed mode where symmetry is proved and the cost model prefers it."""
+    """Makes adjoints, in mixed mode where symmetry is proved and the cost model prefers it.
+
+    The two modes are compared once; steps differ in their update, hardly in their products.
+    """
 
     def __init__(self, loop: Loop, wanted: frozenset[Key], options: Options) -> None:
         self._loop, self._wanted, self._options = loop, wanted, options
         self._reasons: dict[int, str | None] = {}
         self._made: dict[tuple[int, frozenset[Key]], StepAdjoint] = {}
+        self._preferred: tuple[str, str] | None = None
 
     def adjoint(self, index: int, live: frozenset[Key]) -> StepAdjoint:
         key = (index, live)
@@ -284,18 +288,24 @@ class _Chooser:
             )
             return replace(made, graph=simplify(made.graph))
         obstacle = self._obstacle(index) or mixed_obstacle(step, self._wanted, live)
-        mixed = None
-        if obstacle is None:
+        if obstacle is None and (self._preferred is None or self._preferred[0] == "mixed"):
             try:
                 mixed = mixed_adjoint(step, self._wanted, live)
+                mixed = replace(mixed, graph=simplify(mixed.graph))
+                if self._preferred is not None:
+                    return replace(mixed, reason=self._preferred[1])
             except NoForwardFormula as error:
-                obstacle = str(error)
-        reverse = reverse_adjoint(step, self._wanted, live, reason=obstacle or "")
+                obstacle, mixed = str(error), None
+        else:
+            mixed = None
+        reason = obstacle or (self._preferred[1] if self._preferred else "")
+        reverse = reverse_adjoint(step, self._wanted, live, reason=reason)
         reverse = replace(reverse, graph=simplify(reverse.graph))
         if mixed is None:
             return reverse
-        mixed = replace(mixed, graph=simplify(mixed.graph))
-        return _cheaper(mixed, reverse)
+        chosen = _cheaper(mixed, reverse)
+        self._preferred = (chosen.mode, chosen.reason)
+        return chosen
 
     def _obstacle(self, index: int) -> str | None:
         if index not in self._reasons:
