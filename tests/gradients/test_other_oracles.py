@@ -58,8 +58,8 @@ def test_differences_of_the_program_itself() -> None:
 def test_a_wrong_gradient_does_not_pass() -> None:
     """The broken twin of the two tests above: first order in place of exact."""
     case = cases.build("mlp", "sgd-momentum", steps=3)
-    program = compiled(case, gradient=unrollc.FirstOrder(), val_loss=None)
     weight = case.model.hidden.weight
+    program = compiled(case, gradient=unrollc.FirstOrder(), val_loss=None, meta=[weight])
     found = gradients(program(case.train, case.val).loss, {"weight": weight})
 
     def loss() -> Tensor:

@@ -114,12 +114,6 @@ def test_T_differs_from_a_per_step_value(setting: Setting) -> None:  # noqa: N80
     assert all(part in str(error.value) for part in ('param_groups[0]["lr"]', "4", "7"))
 
 
-def test_shapes_differ_within_a_list(setting: Setting) -> None:
-    train = [BATCH, (X[0][:3], Y[0][:3])]
-    with pytest.raises(unrollc.UnrollcError, match=r"train\[1\]|step 1"):
-        setting.run(train=train)
-
-
 def test_inputs_that_the_model_refuses(setting: Setting) -> None:
     """The model's own error is the cause; the text says where it happened."""
     with pytest.raises(unrollc.UnrollcError, match=r"models\.py|mat1"):

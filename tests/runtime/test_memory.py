@@ -31,7 +31,8 @@ def test_the_predicted_peak_is_the_measured_one(setting: str, steps: int) -> Non
         param.grad = None
 
     def run() -> None:
-        program(train, val).loss.backward()
+        result = program(train, val)  # θ_T and the rest stay while the user holds the result
+        result.loss.backward()
 
     measured = memory.measure(run).peak
     # Scalars (losses, counters) are a few bytes each; autograd's own are not the plan's.

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.autograd import function as autograd_function
 
 from unrollc.capture.record import Recorder
 from unrollc.errors import CaptureError
@@ -52,19 +53,27 @@ class _Context:
 
 @contextlib.contextmanager
 def declared_functions(recorder: Recorder) -> Iterator[None]:
-    """While this is open, `Function.apply` records functions with their declared derivative."""
-    original = Function.__dict__["apply"]
+    """While this is open, functions are recorded with their declared derivative.
 
-    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    Under `torch.func` every ``apply`` (also one that was looked up earlier, as in
+    ``ste = STE.apply``) ends in ``custom_function_call``, which is replaced here; functions of the
+    older style, without ``setup_context``, are let through to it.
+    """
+    original = autograd_function.custom_function_call
+    has_setup = autograd_function._is_setup_context_defined
+
+    def call(cls: Any, *args: Any, **kwargs: Any) -> Any:
         if cls.__module__.startswith("torch.") or issubclass(cls, _Declared):
-            return original.__func__(cls, *args, **kwargs)
+            return original(cls, *args, **kwargs)
         return _apply_declared(cls, recorder, args)
 
-    Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
+    autograd_function.custom_function_call = call  # type: ignore[assignment]
+    autograd_function._is_setup_context_defined = lambda setup: True
     try:
         yield
     finally:
-        Function.apply = original  # type: ignore[method-assign]
+        autograd_function.custom_function_call = original
+        autograd_function._is_setup_context_defined = has_setup
 
 
 class _Declared(Function):

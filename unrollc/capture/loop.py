@@ -474,8 +474,16 @@ def capture_val(
 
     def run_user_validation(*given: Tensor) -> Tensor:
         tensors = {v.label: t for v, t in zip(values, given, strict=True)}
-        batch = pytree.tree_unflatten([tensors[label] for label in val.labels], val.spec)
-        return run_user_loss(problem, problem.val_loss, recorder, tensors, batch)
+        theta = {label: tensors.pop(label) for label in stock.theta}
+
+        def evaluate(theta: dict[str, Tensor], rest: dict[str, Tensor]) -> Tensor:
+            batch = pytree.tree_unflatten([rest[label] for label in val.labels], val.spec)
+            return run_user_loss(problem, problem.val_loss, recorder, {**rest, **theta}, batch)
+
+        # Under torch.func.grad custom functions are captured as in the inner loss; the gradient
+        # itself is dead code here.
+        _, loss = torch.func.grad_and_value(evaluate)(theta, tensors)
+        return loss
 
     with capturing(problem, recorder), explained("the validation loss"):
         loss = recorder.run(run_user_validation, inputs)

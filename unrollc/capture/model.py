@@ -109,7 +109,7 @@ def run_user_loss(
             prediction = problem.model(*as_arguments(inputs))
             recorder.phase = Phase.LOSS
             value = loss(prediction, target)
-        return _scalar(value, loss)
+        return _scalar(value, problem, loss)
 
 
 @contextlib.contextmanager
@@ -123,8 +123,10 @@ def _swapped(
     tensors.update({prefix + name: tensor for name, tensor in own.items()})
 
 
-def _scalar(value: Any, loss: Loss) -> Tensor:
+def _scalar(value: Any, problem: Problem, loss: Loss) -> Tensor:
     name = getattr(loss, "__name__", type(loss).__name__)
+    if loss is problem.val_loss and loss is not problem.loss:
+        name += " (val_loss)"
     if not isinstance(value, Tensor):
         raise CaptureError(
             f"the loss {name} returned {type(value).__name__}, not a tensor",

@@ -41,3 +41,8 @@ class Pieces:
     @property
     def differentiates(self) -> bool:
         return self.val_gradient is not None
+
+    @property
+    def graphs(self) -> tuple[StepGraph, ...]:
+        """The graphs that a run executes forward."""
+        return (*self.steps, self.val)

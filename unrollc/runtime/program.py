@@ -62,8 +62,9 @@ class Program:
         )
         inputs = _inputs(lowered, stock, train_batches, val_batches)
         if self._options.debug:
-            _check_finite(inputs)
-        seed = int(torch.randint(2**62, (), dtype=torch.int64))
+            _check_finite(inputs, lowered.pieces.per_step)
+        noisy = any(graph.inputs_with(Role.NOISE) for graph in lowered.pieces.graphs)
+        seed = int(torch.randint(2**62, (), dtype=torch.int64)) if noisy else 0
         run = Run(module, inputs, seed, lowered.pieces.wanted)
         meta = [t for label in run.wanted for t in pytree.tree_leaves(inputs[label])]
         if meta:
@@ -125,9 +126,10 @@ class Program:
         for lowered, module in variants:
             if lowered.loop.holds(scalars):
                 return lowered, module
-        lowered = lower(
-            self._problem, self._options, stock, train, val, differentiate=differentiate
-        )
+        with torch.inference_mode(False):
+            lowered = lower(
+                self._problem, self._options, stock, train, val, differentiate=differentiate
+            )
         variants.append((lowered, load(lowered.generated)))
         return variants[-1]
 
@@ -152,7 +154,10 @@ class Program:
             state[owner] = pytree.tree_unflatten(filled, spec)
         return Result(
             loss=loss,
-            params=after[Role.THETA],
+            params={
+                name: after[Role.THETA].get(name, parameter.detach())
+                for name, parameter in self._problem.model.named_parameters()
+            },
             buffers={k: {**buffers, **after[Role.BUFFER]}[k] for k in stock.buffers},
             opt_state=state,
             inner_losses=run.inner_losses,
@@ -163,8 +168,8 @@ class Program:
         stock = take_stock(self._problem)
         by_label = {label: p for label, p in {**stock.theta, **stock.context}.items()}
         with torch.no_grad():
-            for label, tensor in result.params.items():
-                by_label[label].copy_(tensor)
+            for label in stock.theta:
+                by_label[label].copy_(result.params[label])
             for label, tensor in result.buffers.items():
                 stock.buffers[label].copy_(tensor)
         for owner, state in result.opt_state.items():
@@ -207,14 +212,13 @@ def _inputs(lowered: Lowered, stock: Stock, train: Batches, val: Batches) -> dic
     return {label: everything[label] for label in labels}
 
 
-def _check_finite(inputs: dict[str, Any]) -> None:
+def _check_finite(inputs: dict[str, Any], per_step: frozenset[str]) -> None:
     for label, value in inputs.items():
-        values = value if isinstance(value, list) else [value]
-        for step, tensor in enumerate(values):
+        for step, tensor in enumerate(value if label in per_step else [value]):
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                name = f"{label} of step {step}" if isinstance(value, list) else label
+                where = f" at step {step}" if label in per_step else ""
                 raise NonFiniteError(
-                    f"{name} holds NaN or infinity",
+                    f"{label} holds NaN or infinity{where}",
                     why="found before the run, because debug=True",
                     remedy="clean the data; every later number would be NaN",
                 )

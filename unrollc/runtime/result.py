@@ -15,7 +15,8 @@ class Result:
 
     Attributes:
         loss: Validation loss, 0-dim; ``loss.backward()`` fills ``.grad`` of the meta-parameters.
-        params: θ_T by parameter name, detached.
+        params: All parameters of the model by name, detached: θ_T, and those that the optimizer
+            does not hold as they are.
         buffers: Buffers after the last step by name.
         opt_state: The optimizer's state after the last step: ``{name: {key: value}}``.
         inner_losses: Training losses of the inner steps, shape ``[T]``, detached.
