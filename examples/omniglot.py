@@ -1,7 +1,7 @@
 """Omniglot (Lake et al. 2015) from its own folder layout.
 
-    DIR/images_background/<Alphabet>/characterNN/*.png
-    DIR/images_evaluation/<Alphabet>/characterNN/*.png
+DIR/images_background/<Alphabet>/characterNN/*.png
+DIR/images_evaluation/<Alphabet>/characterNN/*.png
 """
 
 from __future__ import annotations
@@ -51,9 +51,7 @@ def character_folders(directory: Path, part: str) -> list[Path]:
         )
     folders = sorted(folder for folder in root.glob("*/character*") if folder.is_dir())
     if not folders:
-        raise OmniglotLayoutError(
-            f"no folders Alphabet/characterNN in {root} ({_listing(root)})"
-        )
+        raise OmniglotLayoutError(f"no folders Alphabet/characterNN in {root} ({_listing(root)})")
     return folders
 
 

@@ -45,7 +45,7 @@ __all__ = [
 ]
 
 
-def compile(  # noqa: A001 - the name users expect, as in torch.compile
+def compile(
     model: nn.Module,
     opt: torch.optim.Optimizer,
     loss: Loss,

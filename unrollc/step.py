@@ -21,7 +21,7 @@ from torch import fx
 
 from unrollc.errors import Source
 
-_LIBRARY = torch.library.Library("unrollc", "DEF")  # noqa: TOR901 - lives as long as the package
+_LIBRARY = torch.library.Library("unrollc", "DEF")
 _LIBRARY.define("attach(Tensor value, Tensor carrier) -> Tensor")
 _LIBRARY.impl("attach", lambda value, carrier: value.clone(), "CompositeExplicitAutograd")
 
@@ -154,6 +154,11 @@ def build(
     step = StepGraph(fx.GraphModule(torch.nn.Module(), graph), inputs, outputs, constants)
     verify(step)
     return step
+
+
+def placeholder(graph: fx.Graph, name: str) -> fx.Node:
+    """A new graph input called exactly `name` (`fx.Graph.placeholder` would change its case)."""
+    return graph.create_node("placeholder", name, name=name)
 
 
 def copy(step: StepGraph) -> StepGraph:

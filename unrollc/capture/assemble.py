@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from unrollc.capture.naming import Names
 from unrollc.capture.record import Recorder
-from unrollc.step import Role, StepGraph, Value, build
+from unrollc.step import Role, StepGraph, Value, build, placeholder
 
 #: Order of a graph's inputs by role.
 _ORDER = (
@@ -63,22 +63,20 @@ def assemble(
     for node in recorder.graph.nodes:
         if node.op == "placeholder":
             inputs.append((special[node] if node in special else explicit[node.name], node))
-    return _rebuild(inputs, [], outputs, constants)
+    return _rebuild(inputs, outputs, constants)
 
 
 def assemble_graph(
     graph: StepGraph,
     inputs: Iterable[tuple[Value, fx.Node]],
-    missing: Sequence[tuple[Value, Tensor]],
     outputs: Sequence[tuple[Value, fx.Node | None]],
 ) -> StepGraph:
-    """`graph` with retyped inputs, further (unused) inputs and a selection of its outputs."""
-    return _rebuild(list(inputs), list(missing), outputs, graph.constants)
+    """`graph` with retyped inputs and a selection of its outputs."""
+    return _rebuild(list(inputs), outputs, graph.constants)
 
 
 def _rebuild(
     inputs: list[tuple[Value, fx.Node]],
-    missing: list[tuple[Value, Tensor]],
     outputs: Sequence[tuple[Value, fx.Node | None]],
     constants: dict[str, Tensor],
 ) -> StepGraph:
@@ -88,17 +86,13 @@ def _rebuild(
         for value, node in inputs
         if value.role not in (Role.CONSTANT, Role.NOISE) or node in needed
     ]
-    slots: list[tuple[Value, fx.Node | Tensor]] = [*kept, *missing]
-    slots.sort(key=lambda slot: _ORDER.index(slot[0].role))
+    slots = sorted(kept, key=lambda slot: _ORDER.index(slot[0].role))
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for value, origin in slots:
-        placeholder = graph.placeholder(value.name)
-        if isinstance(origin, fx.Node):
-            placeholder.meta = dict(origin.meta)
-            copies[origin] = placeholder
-        else:
-            placeholder.meta["val"] = origin.detach().to("meta")
+        made = placeholder(graph, value.name)
+        made.meta = dict(origin.meta)
+        copies[origin] = made
     for node in _in_order(needed):
         if node not in copies:
             copies[node] = graph.node_copy(node, copies.__getitem__)
@@ -134,7 +128,12 @@ def same_graph(first: StepGraph, second: StepGraph) -> bool:
 def _canonical(step: StepGraph) -> tuple[Any, ...]:
     number = {node: index for index, node in enumerate(step.graph.nodes)}
     rows = [
-        (node.op, node.target if node.op == "call_function" else None, repr(fx.map_arg((node.args, node.kwargs), lambda n: f"%{number[n]}")), _meta(node))
+        (
+            node.op,
+            node.target if node.op == "call_function" else None,
+            repr(fx.map_arg((node.args, node.kwargs), lambda n: f"%{number[n]}")),
+            _meta(node),
+        )
         for node in step.graph.nodes
     ]
     fixed = [(name, tensor.dtype, tensor.tolist()) for name, tensor in step.constants.items()]
@@ -213,7 +212,7 @@ def _slice(recorder: Recorder, labels: Mapping[fx.Node, str], results: list[fx.N
     graph = fx.Graph()
     root = torch.nn.Module()
     copies: dict[fx.Node, fx.Node] = {}
-    inputs = []
+    inputs: list[str] = []
     for node in recorder.graph.nodes:
         if node not in needed or node.op != "placeholder":
             continue

@@ -77,9 +77,7 @@ class Batches:
 
     def signature(self) -> tuple[Any, ...]:
         """What lowering depends on: form, structure, shapes, dtypes, devices, requires_grad."""
-        described = [
-            (tuple(t.shape), t.dtype, t.device, t.requires_grad) for t in self.tensors()
-        ]
+        described = [(tuple(t.shape), t.dtype, t.device, t.requires_grad) for t in self.tensors()]
         return (self.form, self.steps, self.spec, self.labels, tuple(described))
 
 
@@ -128,7 +126,8 @@ def _read_list(train: list[Any], paired: bool) -> Batches:
             why="it looks most like one batch [inputs, target]; a list is read as T batches",
             remedy="pass (inputs, target) with a leading T, or unrollc.repeat((inputs, target), T)",
         )
-    specs, columns, labels = [], [], ()
+    specs, columns = [], []
+    labels: tuple[str, ...] = ()
     for index, batch in enumerate(train):
         _check_batch(batch, f"train[{index}] (train looks like a list of T batches)", paired)
         leaves, spec, labels = _flatten(_as_tuple(batch, paired), "train")
@@ -208,7 +207,9 @@ def _flatten(batch: Any, name: str) -> tuple[list[Tensor], pytree.TreeSpec, tupl
     for path, leaf in paths:
         label = name + pytree.keystr(path)
         if pair:
-            label = f"{name}.{('inputs', 'target')[path[0].idx]}{pytree.keystr(path[1:])}"
+            first, *inner = path
+            part = "inputs" if pytree.keystr((first,)) == "[0]" else "target"
+            label = f"{name}.{part}{pytree.keystr(tuple(inner))}"
         if not isinstance(leaf, Tensor):
             raise InputError(
                 f"{label} is {type(leaf).__name__}, not a tensor",

@@ -10,6 +10,7 @@ zero in value, and with exactly the declared derivative.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -17,11 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd import function as autograd_function
 
 from unrollc.capture.record import Recorder
 from unrollc.errors import CaptureError
 from unrollc.step import ATTACH
+
+#: Where `Function.apply` looks up its helpers.
+_autograd_function: Any = importlib.import_module("torch.autograd.function")
 
 
 class _Context:
@@ -59,21 +62,21 @@ def declared_functions(recorder: Recorder) -> Iterator[None]:
     ``ste = STE.apply``) ends in ``custom_function_call``, which is replaced here; functions of the
     older style, without ``setup_context``, are let through to it.
     """
-    original = autograd_function.custom_function_call
-    has_setup = autograd_function._is_setup_context_defined
+    original = _autograd_function.custom_function_call
+    has_setup = _autograd_function._is_setup_context_defined
 
     def call(cls: Any, *args: Any, **kwargs: Any) -> Any:
         if cls.__module__.startswith("torch.") or issubclass(cls, _Declared):
             return original(cls, *args, **kwargs)
         return _apply_declared(cls, recorder, args)
 
-    autograd_function.custom_function_call = call  # type: ignore[assignment]
-    autograd_function._is_setup_context_defined = lambda setup: True
+    _autograd_function.custom_function_call = call
+    _autograd_function._is_setup_context_defined = lambda setup: True
     try:
         yield
     finally:
-        autograd_function.custom_function_call = original
-        autograd_function._is_setup_context_defined = has_setup
+        _autograd_function.custom_function_call = original
+        _autograd_function._is_setup_context_defined = has_setup
 
 
 class _Declared(Function):
@@ -184,7 +187,7 @@ def _attach(
     ]
     if not moved:
         return outputs
-    _, push_forward = torch.func.vjp(pull_back, *zeros)
+    push_forward: Any = torch.func.vjp(pull_back, *zeros)[1]
     carriers = push_forward(tuple(moved))
     attached = list(outputs)
     for index, carrier in zip(smooth, carriers, strict=True):

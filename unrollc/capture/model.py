@@ -15,8 +15,8 @@ from unrollc.capture.batches import as_arguments
 from unrollc.capture.functions import declared_functions
 from unrollc.capture.problem import Loss, Objective, Problem
 from unrollc.capture.record import Recorder
-from unrollc.errors import CaptureError, UnrollcError
 from unrollc.capture.source import error_source
+from unrollc.errors import CaptureError, UnrollcError
 from unrollc.step import Phase
 
 
@@ -60,7 +60,9 @@ def _attributes_restored(problem: Problem) -> Iterator[None]:
     before = []
     for module in modules:
         contents = {
-            key: value.copy() for key, value in vars(module).items() if isinstance(value, dict | list | set)
+            key: value.copy()
+            for key, value in vars(module).items()
+            if isinstance(value, dict | list | set)
         }
         before.append((module, dict(vars(module)), contents))
     try:
@@ -177,9 +179,9 @@ def inner_gradient(
         after = {label: tensors[label] for label in rest}
         return value, (value, after)
 
-    (grads, extra_grads), (value, after) = torch.func.grad(
-        run_loss, argnums=(0, 1), has_aux=True
-    )(theta, extra, rest)
+    (grads, extra_grads), (value, after) = torch.func.grad(run_loss, argnums=(0, 1), has_aux=True)(
+        theta, extra, rest
+    )
     return grads, extra_grads, value, after
 
 
@@ -188,7 +190,7 @@ def with_parameter_hooks(
 ) -> dict[str, Tensor]:
     """The gradients after the hooks that the user registered on parameters."""
     hooked = dict(gradients)
-    for label, gradient in gradients.items():
+    for label in gradients:
         parameter = parameters[label]
         if getattr(parameter, "_post_accumulate_grad_hooks", None):
             raise CaptureError(

@@ -8,7 +8,28 @@ import re
 
 #: Names that generated code uses itself.
 _RESERVED = frozenset(
-    "torch math self inputs state kept losses loss noise seed cotangents totals j gradients".split()
+    [
+        "torch",
+        "math",
+        "self",
+        "inputs",
+        "state",
+        "kept",
+        "losses",
+        "loss",
+        "noise",
+        "seed",
+        "cotangents",
+        "totals",
+        "j",
+        "gradients",
+        "device",
+        "inf",
+        "nan",
+        "NoneType",
+        "fx_pytree",
+        "pytree",
+    ]
 )
 _RESERVED_PREFIX = re.compile(r"(op|step|adjoint|noise|validate|constant|draw|accumulate)(_|$)")
 

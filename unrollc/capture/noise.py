@@ -38,7 +38,9 @@ def _noise(distribution: str, like: Tensor, *parameters: float) -> Noise:
     return Noise(distribution, parameters, tuple(like.shape), like.dtype, like.device)
 
 
-def _number(args: tuple[Any, ...], kwargs: dict[str, Any], index: int, name: str, default: Any) -> Any:
+def _number(
+    args: tuple[Any, ...], kwargs: dict[str, Any], index: int, name: str, default: Any
+) -> Any:
     return args[index] if len(args) > index else kwargs.get(name, default)
 
 

@@ -149,11 +149,11 @@ def run_user_update(
         values["params"] = parameters
         values |= _group_values(index, group, layout, tensors)
         twin.param_groups.append(values)
-    by_label = {label: tensors[label] for label in traced_owners.values()}
+    by_label: dict[Any, Any] = {label: tensors[label] for label in traced_owners.values()}
     twin.state = defaultdict(dict)
     for owner, spec, leaves in layout.state:
         filled = [tensors[leaf.label] if isinstance(leaf, Leaf) else leaf for leaf in leaves]
-        twin.state[by_label.get(owner, owner)] = pytree.tree_unflatten(filled, spec)  # type: ignore[index]
+        twin.state[by_label.get(owner, owner)] = pytree.tree_unflatten(filled, spec)
     before = {label: tensor for label, tensor in tensors.items()}
     for label, parameter in by_label.items():
         parameter.grad = gradients.get(label)
@@ -209,13 +209,14 @@ class ScalarSlots(TorchFunctionMode):
         super().__init__()
         self._recorder = recorder
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name = getattr(func, "__name__", "").rstrip("_")
+        name = getattr(func, "__name__", "")
+        name = name if name.startswith("__") else name.rstrip("_")
         if name == "item" and self._is_counter(args[0]):
             return args[0].to(torch.float64)
+        if name == "__bool__" and args[0].dtype is not torch.bool:
+            return bool(args[0] != 0)
         rewrite = _SLOTS.get(name)
         if rewrite is not None and any(isinstance(kwargs.get(s), Tensor) for s in _SLOT_NAMES):
             in_place = getattr(func, "__name__", "").endswith("_")

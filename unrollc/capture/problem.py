@@ -206,7 +206,9 @@ def fingerprint(problem: Problem) -> tuple[Any, ...]:
             parts.append((prefix + name, type(child), plain, hooks))
     for loss in (problem.loss, problem.val_loss):
         fn = loss.fn if isinstance(loss, Objective) else loss
-        parts.append((id(fn), tuple(_cell(cell) for cell in getattr(fn, "__closure__", None) or ())))
+        parts.append(
+            (id(fn), tuple(_cell(cell) for cell in getattr(fn, "__closure__", None) or ()))
+        )
     return tuple(parts)
 
 

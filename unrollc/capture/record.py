@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from unrollc.capture.noise import as_noise
 from unrollc.capture.source import SourceFinder
 from unrollc.errors import CaptureError, Source
-from unrollc.step import Noise, Phase
+from unrollc.step import Noise, Phase, placeholder
 
 aten = torch.ops.aten
 
@@ -57,10 +57,12 @@ class Recorder(TorchDispatchMode):
         noise: Random inputs, with their placeholders.
         concrete: Real values of nodes that depend on known scalars alone.
         guards: Where Python read such a value.
+        nonzero: Labels of hyperparameters for which ``x != 0`` is answered with yes.
+        zero_tests: Hyperparameters equal to zero that the code compared with zero.
     """
 
     def __init__(self, sources: SourceFinder, fake_mode: FakeTensorMode | None = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.graph = fx.Graph()
         self.phase = Phase.FORWARD
         self.fake_mode = fake_mode or FakeTensorMode()
@@ -69,6 +71,8 @@ class Recorder(TorchDispatchMode):
         self.noise: list[tuple[Noise, fx.Node]] = []
         self.concrete: dict[fx.Node, Tensor] = {}
         self.guards: list[Guard] = []
+        self.nonzero: frozenset[str] = frozenset()
+        self.zero_tests: list[tuple[str, Source | None]] = []
         self.origin: fx.Node | None = None
         self.declaring = False
         self._sources = sources
@@ -80,7 +84,7 @@ class Recorder(TorchDispatchMode):
 
     # -- inputs and outputs ---------------------------------------------------------------
 
-    def input(self, name: str, example: Tensor, concrete: Tensor | None = None) -> FakeTensor:
+    def input(self, name: str, example: Tensor, concrete: Tensor | None = None) -> Tensor:
         """A new graph input like `example`, in storage of its own."""
         with self.fake_mode:
             fake = torch.empty_strided(
@@ -96,8 +100,7 @@ class Recorder(TorchDispatchMode):
         while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
             tensor = torch._C._functorch.get_unwrapped(tensor)
         if isinstance(tensor, FunctionalTensor):
-            torch._sync(tensor)
-            tensor = torch._from_functional_tensor(tensor.elem)
+            tensor = _from_functional(tensor)
         return self._nodes.get(id(tensor))
 
     def run(self, body: Callable[..., Any], inputs: Sequence[Tensor]) -> Any:
@@ -112,12 +115,12 @@ class Recorder(TorchDispatchMode):
         first = next(iter(self.graph.nodes), None)
         if self._last_placeholder is not None:
             with self.graph.inserting_after(self._last_placeholder):
-                node = self.graph.placeholder(name)
+                node = placeholder(self.graph, name)
         elif first is not None:
             with self.graph.inserting_before(first):
-                node = self.graph.placeholder(name)
+                node = placeholder(self.graph, name)
         else:
-            node = self.graph.placeholder(name)
+            node = placeholder(self.graph, name)
         self._last_placeholder = node
         self._remember(fake, node)
         return node
@@ -273,6 +276,10 @@ class Recorder(TorchDispatchMode):
             node = self._nodes[id(self._known(tensor))]
             self.concrete[node] = tensor.detach().cpu()
         source = self._line()
+        if (label := self._zero_tested(node)) is not None:
+            self.zero_tests.append((label, source))
+            if label in self.nonzero:
+                return node.target is aten.ne.Scalar
         if node not in self.concrete:
             raise CaptureError(
                 "Python control flow or arithmetic depends on the data",
@@ -284,6 +291,16 @@ class Recorder(TorchDispatchMode):
         value = self.concrete[node].item()
         self.guards.append(Guard(node, value, source, truth=isinstance(value, bool)))
         return value
+
+    def _zero_tested(self, node: fx.Node) -> str | None:
+        """The hyperparameter that ``x != 0`` or ``x == 0`` asks about, where it is exactly 0."""
+        if node.target not in (aten.ne.Scalar, aten.eq.Scalar) or node.args[1] != 0:
+            return None
+        tested: Any = node.args[0]
+        labels = tested.meta.get("hyper", ())
+        if tested.op != "placeholder" or len(labels) != 1 or tested not in self.concrete:
+            return None
+        return str(labels[0]) if not self.concrete[tested].any() else None
 
     # -- lines and stopped gradients ----------------------------------------------------------
 
@@ -335,15 +352,13 @@ class _RecordedFunctionalization(FunctionalTensorMode):
         super().__init__()
         self._recorder = recorder
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with self._recorder:
             return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 def _from_functional(tensor: FunctionalTensor) -> Tensor:
-    torch._sync(tensor)
+    torch._sync(tensor)  # type: ignore[attr-defined, no-untyped-call]
     return torch._from_functional_tensor(tensor.elem)
 
 

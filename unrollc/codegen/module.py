@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-
 from unrollc.codegen.function import parameters_of, render_function, returned
 from unrollc.codegen.literals import literal, tensor_literal
 from unrollc.codegen.names import alias_of
@@ -191,8 +190,8 @@ class _Module:
             "        seed: Integer from which all noise of the run follows.",
             "",
             "    Returns:",
-            "        The validation loss, the state after the last step, the inner losses, the kept",
-            "        states, the cotangents B_T and the direct parts of the meta-gradients.",
+            "        The validation loss, the state after the last step, the inner losses, the",
+            "        kept states, the cotangents B_T and the direct parts of the meta-gradients.",
             '    """',
         ]
         lines += [f"    {line}" for line in self._unpack(used)]
@@ -267,7 +266,8 @@ class _Module:
             '    """',
         ]
         lines += [f"    {line}" for line in self._unpack(a.graph for a in pieces.adjoints)]
-        lines.append("    totals = {k: list(v) if isinstance(v, list) else v for k, v in totals.items()}")
+        copied = "{k: list(v) if isinstance(v, list) else v for k, v in totals.items()}"
+        lines.append(f"    totals = {copied}")
         body = render_schedule(pieces.schedule.backward, self._reverse)
         lines += [f"    {line}" for line in body]
         lines += [f"    {line}" for line in self._results()]
@@ -388,4 +388,3 @@ def loss_and_gradients(inputs, seed=0):
     """
     loss, _, _, kept, cotangents, totals = adapt(inputs, seed)
     return loss, backward(inputs, seed, kept, cotangents, totals)'''
-

@@ -50,7 +50,10 @@ def differentiable_inputs(step: StepGraph, wanted: frozenset[Key]) -> list[tuple
         (value, node)
         for value, node in zip(step.inputs, step.placeholders, strict=True)
         if node.meta["val"].dtype.is_floating_point
-        and ((value.role in STATE_ROLES and not is_counter(node)) or (value.role, value.label) in wanted)
+        and (
+            (value.role in STATE_ROLES and not is_counter(node))
+            or (value.role, value.label) in wanted
+        )
     ]
 
 
@@ -67,7 +70,9 @@ def cotangent_inputs(
     Returns:
         Their types, their tensors, and the nodes of `step` that they belong to.
     """
-    values, tensors, nodes = [], [], []
+    values: list[Value] = []
+    tensors: list[Tensor] = []
+    nodes: list[fx.Node] = []
     for value, node in step.outputs_with(*STATE_ROLES):
         if node is None or (value.role, value.label) not in live:
             continue
@@ -90,8 +95,8 @@ def finish(
 ) -> StepGraph:
     """The adjoint graph out of a recording."""
     outputs: list[tuple[Value, fx.Node | None]] = []
-    for value, tensor in extra:
-        outputs.append((value, recorder.node_of(tensor)))
+    for value, known in extra:
+        outputs.append((value, recorder.node_of(known)))
     for value, tensor in contributions:
         typed = Value(Role.COTANGENT, value.label, f"adj_{value.name}", value.role)
         node = None if tensor is None else recorder.node_of(tensor)

@@ -34,7 +34,7 @@ _INNER = (Phase.FORWARD, Phase.LOSS, Phase.GRADIENT)
 _ZEROS = ("zeros", "zeros_like", "new_zeros", "_efficientzerotensor")
 
 
-class NoForwardFormula(Exception):
+class NoForwardFormulaError(Exception):
     """An op has no forward-mode derivative, decomposed or not."""
 
 
@@ -42,7 +42,7 @@ def mixed_adjoint(step: StepGraph, wanted: frozenset[Key], live: frozenset[Key])
     """``step --> adjoint`` in mixed mode; the caller has proved symmetry.
 
     Raises:
-        NoForwardFormula: If an op on the way has no forward-mode derivative.
+        NoForwardFormulaError: If an op on the way has no forward-mode derivative.
     """
     recorder = new_recorder(step)
     inputs = [
@@ -90,7 +90,11 @@ def mixed_obstacle(step: StepGraph, wanted: frozenset[Key], live: frozenset[Key]
     for value, node in zip(step.inputs, step.placeholders, strict=True):
         if value.role in (Role.HYPER, *STATE_ROLES):
             continue
-        if (value.role, value.label) in wanted and node in inner and value.label not in with_gradient:
+        if (
+            (value.role, value.label) in wanted
+            and node in inner
+            and value.label not in with_gradient
+        ):
             return f"the inner gradient with respect to {value.label} was not captured"
     return None
 
@@ -164,9 +168,7 @@ class _Tangents(Replay):
     def _push_forward(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         sources, _ = pytree.tree_flatten((node.args, node.kwargs), is_leaf=_is_node)
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        moving = [
-            i for i, s in enumerate(sources) if isinstance(s, fx.Node) and s in self.tangents
-        ]
+        moving = [i for i, s in enumerate(sources) if isinstance(s, fx.Node) and s in self.tangents]
         primals = tuple(leaves[i] for i in moving)
         directions = tuple(self.tangents[sources[i]].to(leaves[i].dtype) for i in moving)
         shape: list[bool] = []
@@ -200,14 +202,17 @@ class _Tangents(Replay):
     ) -> tuple[Any, Any]:
         candidates = [target]
         if node.target in decomposition_table:
-            candidates.append(decomposition_table[node.target])  # type: ignore[index]
+            candidates.append(decomposition_table[node.target])
         for candidate in candidates:
             try:
-                return torch.func.jvp(function(candidate), primals, directions)
+                pushed: tuple[Any, Any] = torch.func.jvp(  # type: ignore[assignment]
+                    function(candidate), primals, directions
+                )
+                return pushed
             except (NotImplementedError, RuntimeError) as error:
                 if "forward" not in str(error).lower() and "derivative" not in str(error).lower():
                     raise
-        raise NoForwardFormula(f"{node.target} has no forward-mode derivative")
+        raise NoForwardFormulaError(f"{node.target} has no forward-mode derivative")
 
     def _nonzero(self, value: Any, tangent: Any) -> Tensor | None:
         if not isinstance(value, Tensor) or not value.is_floating_point():

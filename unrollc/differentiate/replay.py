@@ -21,7 +21,7 @@ class _Attach(Function):
     """The value of the first argument with the derivative of the second."""
 
     @staticmethod
-    def forward(value: Tensor, carrier: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(value: Tensor, carrier: Tensor) -> Tensor:
         return value.view_as(value)
 
     @staticmethod
@@ -29,7 +29,7 @@ class _Attach(Function):
         pass
 
     @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[None, Tensor]:
         return None, cotangent
 
 
@@ -45,9 +45,7 @@ def _batch_norm(
 ) -> tuple[Tensor, ...]:
     """Batch norm by ops that have a derivative; running statistics carry none, as in PyTorch."""
     if not training:
-        out = aten.native_batch_norm.default(
-            x, weight, bias, mean, variance, False, momentum, eps
-        )
+        out = aten.native_batch_norm.default(x, weight, bias, mean, variance, False, momentum, eps)
         return (*out, mean, variance)
     out = aten._native_batch_norm_legit.no_stats(x, weight, bias, True, momentum, eps)
     with torch.no_grad():

@@ -50,10 +50,8 @@ def reverse_adjoint(
         with torch.enable_grad():
             leaves = [replay.values[node].requires_grad_() for _, node in targets]
             nodes = calls(step, *Phase)
-            replay.run(nodes if not first_order else _stopping_at_gradients(step, replay))
-            return vector_jacobian(
-                recorder, replay, cot_nodes, leaves, list(cotangents)
-            )
+            replay.run(_stopping_at_gradients(step, replay) if first_order else nodes)
+            return vector_jacobian(recorder, replay, cot_nodes, leaves, list(cotangents))
 
     grads = recorder.run(run, [*inputs, *cot_tensors])
     contributions = [(value, grad) for (value, _), grad in zip(targets, grads, strict=True)]
@@ -63,7 +61,7 @@ def reverse_adjoint(
 
 def _stopping_at_gradients(step: StepGraph, replay: Replay) -> Any:
     """Nodes in order; each inner gradient is detached as soon as it is there."""
-    stops = {node for _, node in step.outputs_with(Role.GRADIENT)}
+    stops = {node for _, node in step.outputs_with(Role.GRADIENT) if node is not None}
     for node in calls(step, *Phase):
         if node.meta["phase"] is Phase.UPDATE:
             for stop in stops:

@@ -23,48 +23,47 @@ from unrollc.step import Phase, Role, StepGraph
 
 aten = torch.ops.aten
 
+_EXACT = """
+abs acos acosh add addbmm addcdiv addcmul addmm addmv addr alias amax amin asin asinh atan
+atan2 atanh baddbmm bmm ceil celu clamp clamp_max clamp_min clone cos cosh deg2rad div dot elu
+erf erfc erfinv exp exp2 expm1 floor fmod frac gelu glu hardsigmoid hardswish hardtanh
+huber_loss hypot leaky_relu lerp lgamma log log10 log1p log2 log_sigmoid_forward logaddexp
+logaddexp2 logit logsumexp maximum minimum mish mm mul mv neg outer pow prelu _prelu_kernel
+reciprocal relu relu6 remainder round rrelu_with_noise_functional rsqrt rsub selu sgn sigmoid
+sign silu sin sinc sinh smooth_l1_loss softplus softshrink hardshrink sqrt square sub tan tanh
+threshold trunc where xlogy
+mean sum prod std var var_mean std_mean max min median norm linalg_vector_norm cumsum cumprod
+logcumsumexp sort topk gather scatter scatter_add index_select index index_add index_put
+masked_fill masked_select take take_along_dim
+as_strided_copy cat chunk diagonal diag_embed expand expand_copy flip permute repeat reshape
+roll select slice split split_with_sizes squeeze stack t transpose tril triu unbind unfold
+unsqueeze view _unsafe_view view_as _reshape_alias unsafe_split movedim narrow constant_pad_nd
+reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d
+replication_pad3d pixel_shuffle pixel_unshuffle select_scatter slice_scatter diagonal_scatter
+convolution max_pool2d_with_indices max_pool3d_with_indices avg_pool2d avg_pool3d
+_adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d
+fractional_max_pool2d fractional_max_pool3d upsample_nearest1d upsample_nearest2d
+upsample_nearest3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d
+upsample_trilinear3d im2col col2im grid_sampler_2d grid_sampler_3d
+_native_batch_norm_legit_functional native_batch_norm _native_batch_norm_legit
+native_layer_norm native_group_norm _fused_rms_norm rms_norm
+_softmax _safe_softmax _log_softmax nll_loss_forward nll_loss2d_forward mse_loss soft_margin_loss
+binary_cross_entropy multi_margin_loss multilabel_margin_loss_forward kl_div embedding
+_to_copy _conj view_as_real view_as_complex real imag
+"""
+_MAKING = """
+arange empty empty_like eq eye full full_like ge gt isfinite isinf isnan le linspace
+logical_and logical_not logical_or logical_xor lt ne new_empty new_full new_ones new_zeros ones
+ones_like one_hot scalar_tensor zeros zeros_like argmax argmin any all bitwise_and bitwise_not
+bitwise_or
+"""
+
 #: Names of ATen ops whose reverse-mode formula is the derivative of their value (almost
-#: everywhere). Elementwise, products, reductions, reshapes, layers, losses.
-EXACT_OPS = frozenset(
-    """
-    abs acos acosh add addbmm addcdiv addcmul addmm addmv addr alias amax amin asin asinh atan
-    atan2 atanh baddbmm bmm ceil celu clamp clamp_max clamp_min clone cos cosh deg2rad div dot elu
-    erf erfc erfinv exp exp2 expm1 floor fmod frac gelu glu hardsigmoid hardswish hardtanh
-    huber_loss hypot leaky_relu lerp lgamma log log10 log1p log2 log_sigmoid_forward logaddexp
-    logaddexp2 logit logsumexp maximum minimum mish mm mul mv neg outer pow prelu _prelu_kernel
-    reciprocal relu relu6 remainder round rrelu_with_noise_functional rsqrt rsub selu sgn sigmoid
-    sign silu sin sinc sinh smooth_l1_loss softplus softshrink hardshrink sqrt square sub tan tanh
-    threshold trunc where xlogy
-    mean sum prod std var var_mean std_mean max min median norm linalg_vector_norm cumsum cumprod
-    logcumsumexp sort topk gather scatter scatter_add index_select index index_add index_put
-    masked_fill masked_select take take_along_dim
-    as_strided_copy cat chunk diagonal diag_embed expand expand_copy flip permute repeat reshape
-    roll select slice split split_with_sizes squeeze stack t transpose tril triu unbind unfold
-    unsqueeze view _unsafe_view view_as _reshape_alias unsafe_split movedim narrow constant_pad_nd
-    reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d
-    replication_pad3d pixel_shuffle pixel_unshuffle select_scatter slice_scatter diagonal_scatter
-    convolution max_pool2d_with_indices max_pool3d_with_indices avg_pool2d avg_pool3d
-    _adaptive_avg_pool2d _adaptive_avg_pool3d adaptive_max_pool2d adaptive_max_pool3d
-    fractional_max_pool2d fractional_max_pool3d upsample_nearest1d upsample_nearest2d
-    upsample_nearest3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d
-    upsample_trilinear3d im2col col2im grid_sampler_2d grid_sampler_3d
-    _native_batch_norm_legit_functional native_batch_norm _native_batch_norm_legit
-    native_layer_norm native_group_norm _fused_rms_norm rms_norm
-    _softmax _safe_softmax _log_softmax nll_loss_forward nll_loss2d_forward mse_loss soft_margin_loss
-    binary_cross_entropy multi_margin_loss multilabel_margin_loss_forward kl_div embedding
-    _to_copy _conj view_as_real view_as_complex real imag
-    """.split()
-)
+#: everywhere): elementwise ops, products, reductions, reshapes, layers, losses.
+EXACT_OPS = frozenset(_EXACT.split())
 
 #: Ops that make values without reading differentiable ones; nothing to prove.
-_MAKERS = frozenset(
-    """
-    arange empty empty_like eq eye full full_like ge gt isfinite isinf isnan le linspace
-    logical_and logical_not logical_or logical_xor lt ne new_empty new_full new_ones new_zeros ones
-    ones_like one_hot scalar_tensor zeros zeros_like argmax argmin any all bitwise_and bitwise_not
-    bitwise_or
-    """.split()
-)
+_MAKERS = frozenset(_MAKING.split())
 
 
 def asymmetry(step: StepGraph) -> str | None:
@@ -128,7 +127,10 @@ def _altered_gradient(step: StepGraph) -> str | None:
             return replay.values[loss]  # type: ignore[no-any-return, index]
 
         positions = tuple(range(len(sought)))
-        return torch.func.grad(value_of, argnums=positions)(*(bound[node] for node in sought))
+        derived: tuple[Tensor, ...] = torch.func.grad(value_of, argnums=positions)(
+            *(bound[node] for node in sought)
+        )
+        return derived
 
     derived = recorder.run(run, fakes)
     ours: dict[fx.Node, Any] = {}

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.node import map_arg
 
 from unrollc.step import ATTACH, Phase, StepGraph, copy, verify
 
@@ -165,16 +164,16 @@ def merge_common(graph: fx.Graph) -> bool:
 
 
 def _key(node: fx.Node) -> Any:
-    described = map_arg((node.args, node.kwargs), lambda n: _Reference(n))
-    return (node.target, repr(described))
+    return (node.target, _described(node.args), _described(tuple(sorted(node.kwargs.items()))))
 
 
-class _Reference:
-    def __init__(self, node: fx.Node) -> None:
-        self.node = node
-
-    def __repr__(self) -> str:
-        return f"%{id(self.node)}"
+def _described(value: Any) -> Any:
+    """A hashable stand-in; numbers of different types or signs of zero stay apart."""
+    if isinstance(value, fx.Node):
+        return value
+    if isinstance(value, tuple | list):
+        return (type(value), *(_described(item) for item in value))
+    return (type(value), repr(value))
 
 
 def remove_dead(graph: fx.Graph) -> bool:
@@ -190,7 +189,7 @@ def remove_dead(graph: fx.Graph) -> bool:
 #: The pipeline, in order.
 PASSES: tuple[Pass, ...] = (
     relax_views,
-    remove_identities, 
+    remove_identities,
     propagate_zeros,
     merge_common,
     remove_dead,

@@ -30,7 +30,7 @@ class Frame:
 
 def storage_of(tensor: Tensor) -> int:
     """Identity of the memory behind a fake tensor."""
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def last_uses(step: StepGraph) -> dict[fx.Node, list[fx.Node]]:
@@ -46,9 +46,9 @@ def last_uses(step: StepGraph) -> dict[fx.Node, list[fx.Node]]:
         last[node] = node
         anchor = node.args[0] if node.target is operator.getitem else node
         for source in node.all_input_nodes:
-            last[source] = anchor  # type: ignore[assignment]
+            last[source] = anchor
         if node.target is operator.getitem:
-            last[node] = anchor  # type: ignore[assignment]
+            last[node] = anchor
     ends: dict[fx.Node, list[fx.Node]] = {}
     for node, end in last.items():
         if node.op == "call_function" and node not in returned:
@@ -95,7 +95,9 @@ def frame_of(step: StepGraph) -> Frame:
         for storage in [s for s, names in holders.items() if not names]:
             live -= sizes[numbers[storage]]
             del holders[storage]
-    results = tuple(None if node is None else _result(node, owners, numbers) for node in step.results)
+    results = tuple(
+        None if node is None else _result(node, owners, numbers) for node in step.results
+    )
     return Frame(peak, peak_node, results, sizes)
 
 

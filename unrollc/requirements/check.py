@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import networkx as nx
 from torch import fx
 
-from unrollc.capture.loop import Cut, Loop
+from unrollc.capture.loop import Loop
+from unrollc.capture.one_step import Cut
 from unrollc.errors import Source
 from unrollc.requirements.dependence import dependence, first_cut, sources_of
 from unrollc.requirements.verdict import Finding, Requirements, Verdict
@@ -166,20 +167,17 @@ def _verdict(
         )
 
     if parameter.label in cuts:
-        through_update = Finding(False, "its value is read by Python", cuts[parameter.label].source)
-        return verdict(
-            "undefined",
-            "its value is turned into a Python number, which cuts Requirement III(a)",
-            cuts[parameter.label].source,
-            "keep it a tensor: x ** 0.5 for math.sqrt(x), no float() or .item()",
-        )
+        cut = cuts[parameter.label]
+        through_update = Finding(False, cut.reason, cut.source)
+        remedy = "keep it a tensor (x ** 0.5 for math.sqrt(x), no float() or .item()), away from 0"
+        return verdict("undefined", cut.reason, cut.source, remedy)
     if parameter.key in reached:
         return verdict("exists", _path_reason(parameter, views, outer))
     if requirement_i.holds is False:
         return verdict("zero", requirement_i.reason, requirement_i.where, _I_REMEDY)
-    cut = _where_cut(parameter, views, outer)
-    if cut is not None:
-        node, reason = cut
+    severed = _where_cut(parameter, views, outer)
+    if severed is not None:
+        node, reason = severed
         source: Source | None = node.meta.get("source")
         return verdict("zero", reason, source, "remove the op, or leave it out of meta=")
     if first_order and through_gradient.holds:

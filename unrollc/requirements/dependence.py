@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Iterable
 from typing import Any
@@ -35,7 +36,7 @@ _CUTTING: dict[str, str] = {
 
 
 def dependence(step: StepGraph) -> nx.DiGraph:
-    """The graph of values; an edge's attribute ``cut`` says why it carries no derivative, or None."""
+    """The graph of values; an edge's ``cut`` says why it carries no derivative, or is None."""
     edges = nx.DiGraph()
     edges.add_nodes_from(step.graph.nodes)
     for node in step.graph.nodes:
@@ -90,7 +91,7 @@ def first_cut(
             continue
         cuts = [
             (b, edges.edges[a, b]["cut"])
-            for a, b in zip(path, path[1:], strict=False)
+            for a, b in itertools.pairwise(path)
             if edges.edges[a, b]["cut"]
         ]
         if cuts and (best is None or len(cuts) < best[0]):

@@ -58,7 +58,9 @@ class Verdict:
 
     def error(self) -> RequirementError:
         """The error that a failed verdict raises."""
-        failed = [name for name in ("I", "II", "IIIa", "IIIb") if getattr(self, name).holds is False]
+        failed = [
+            name for name in ("I", "II", "IIIa", "IIIb") if getattr(self, name).holds is False
+        ]
         names = ", ".join(f"Requirement {name}" for name in failed)
         return RequirementError(
             f"no meta-gradient reaches {self.label}: it is {self.status}",
@@ -85,7 +87,7 @@ class Requirements:
 
     def __getitem__(self, key: str | Tensor | Any) -> Verdict:
         tensor = getattr(key, "per_step", key)
-        label = key if isinstance(key, str) else self.labels.get(id(tensor))
+        label = key if isinstance(key, str) else self.labels.get(id(tensor), "")
         if label not in self.verdicts:
             known = ", ".join(self.verdicts)
             raise KeyError(f"{key!r} is not a meta-parameter; these are: {known}")

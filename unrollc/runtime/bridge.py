@@ -37,8 +37,8 @@ class Run:
     totals: dict[str, Any] = field(default_factory=dict)
 
     def adapt(self) -> Tensor:
-        loss, self.state, self.inner_losses, self.kept, cotangents, self.totals = (
-            self.module.adapt(self.inputs, self.seed)
+        loss, self.state, self.inner_losses, self.kept, cotangents, self.totals = self.module.adapt(
+            self.inputs, self.seed
         )
         self.cotangents = tuple(cotangents)
         return loss  # type: ignore[no-any-return]
@@ -52,7 +52,7 @@ class MetaLoop(torch.autograd.Function):
     """``(meta-parameters) -> validation loss``."""
 
     @staticmethod
-    def forward(ctx: Any, run: Run, *meta: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, run: Run, *meta: Tensor) -> Tensor:
         tensors, spec = pytree.tree_flatten(dict(run.inputs))
         loss = run.adapt()
         ctx.save_for_backward(*tensors)
@@ -62,8 +62,8 @@ class MetaLoop(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    @once_differentiable
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         inputs = pytree.tree_unflatten(ctx.saved_tensors, ctx.spec)
         kept, cotangents, totals = ctx.kept, ctx.cotangents, ctx.totals
         if torch._C._autograd._get_current_graph_task_keep_graph():

@@ -9,12 +9,13 @@ from torch import Tensor, fx
 
 from unrollc.capture.assemble import assemble_graph
 from unrollc.capture.batches import Batches
-from unrollc.capture.loop import Loop, capture_loop, capture_val
+from unrollc.capture.loop import Loop, capture_loop
 from unrollc.capture.naming import Names
 from unrollc.capture.problem import PerStep, Problem, Stock
+from unrollc.capture.validation import capture_val
 from unrollc.codegen.module import GeneratedCode, generate
 from unrollc.differentiate.adjoint import Key, StepAdjoint
-from unrollc.differentiate.mixed import NoForwardFormula, mixed_adjoint, mixed_obstacle
+from unrollc.differentiate.mixed import NoForwardFormulaError, mixed_adjoint, mixed_obstacle
 from unrollc.differentiate.reverse import loss_gradient, reverse_adjoint
 from unrollc.differentiate.symmetry import asymmetry
 from unrollc.errors import InputError
@@ -93,7 +94,8 @@ def capture_and_check(
         for m in early
         if m.role in (Role.CONTEXT, Role.BATCH) and not m.label.startswith("val.")
     )
-    loop = capture_loop(problem, stock, train, extra, names)
+    requested = frozenset(m.label for m in early if m.role is Role.HYPER)
+    loop = capture_loop(problem, stock, train, extra, requested, names)
     graph, lifted = capture_val(problem, stock, val, loop, names)
     known = candidates(stock, train, val, lifted)
     meta = resolve_meta(options, known, train.steps, complete=True)
@@ -142,9 +144,7 @@ def lower(
         requirements = _confirmed(requirements, pieces)
         requirements.raise_for_failure()
     plan = plan_memory(pieces)
-    return Lowered(
-        requirements, loop, val_graph, pieces, plan, generate(pieces, plan), tuple(meta)
-    )
+    return Lowered(requirements, loop, val_graph, pieces, plan, generate(pieces, plan), tuple(meta))
 
 
 def _check_devices(stock: Stock, train: Batches, val: Batches) -> None:
@@ -152,8 +152,8 @@ def _check_devices(stock: Stock, train: Batches, val: Batches) -> None:
     named = {**stock.theta, **stock.context, **stock.buffers}
     for batches in (train, val):
         for label, leaf in zip(batches.labels, batches.leaves, strict=True):
-            tensors = leaf if isinstance(leaf, tuple) else (leaf,)
-            named.update({label: tensor for tensor in tensors})
+            steps = leaf if isinstance(leaf, tuple) else (leaf,)
+            named.update((f"{label} of step {i}" if i else label, t) for i, t in enumerate(steps))
     home_label, home = next(iter(stock.theta.items()))
     for label, tensor in named.items():
         if tensor.device != home.device and not (tensor.dim() == 0 and tensor.device.type == "cpu"):
@@ -204,7 +204,7 @@ def _primal(step: StepGraph) -> StepGraph:
     pairs = zip(step.outputs, step.results, strict=True)
     outputs = [(value, node) for value, node in pairs if value.role in (*STATE_ROLES, Role.LOSS)]
     inputs = zip(step.inputs, step.placeholders, strict=True)
-    return assemble_graph(step, inputs, [], outputs)
+    return assemble_graph(step, inputs, outputs)
 
 
 def _adjoints(
@@ -259,7 +259,7 @@ def _pruned(adjoint: StepAdjoint, keep: frozenset[Key]) -> StepAdjoint:
     if len(outputs) == len(graph.outputs):
         return adjoint
     inputs = zip(graph.inputs, graph.placeholders, strict=True)
-    return replace(adjoint, graph=simplify(assemble_graph(graph, inputs, [], outputs)))
+    return replace(adjoint, graph=simplify(assemble_graph(graph, inputs, outputs)))
 
 
 class _Chooser:
@@ -294,7 +294,7 @@ class _Chooser:
                 mixed = replace(mixed, graph=simplify(mixed.graph))
                 if self._preferred is not None:
                     return replace(mixed, reason=self._preferred[1])
-            except NoForwardFormula as error:
+            except NoForwardFormulaError as error:
                 obstacle, mixed = str(error), None
         else:
             mixed = None

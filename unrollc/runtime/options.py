@@ -72,9 +72,7 @@ class Options:
         return steps
 
 
-def read_options(
-    meta: Any, gradient: Any, memory: Any, backend: Any, debug: Any
-) -> Options:
+def read_options(meta: Any, gradient: Any, memory: Any, backend: Any, debug: Any) -> Options:
     """Check the keyword arguments of ``compile``.
 
     Raises:

@@ -57,9 +57,7 @@ class Program:
             NonFiniteError: With ``debug=True``, at the first NaN or infinity.
         """
         stock, train_batches, val_batches = self._read(train, val)
-        lowered, module = self._lowered(
-            stock, train_batches, val_batches, torch.is_grad_enabled()
-        )
+        lowered, module = self._lowered(stock, train_batches, val_batches, torch.is_grad_enabled())
         inputs = _inputs(lowered, stock, train_batches, val_batches)
         if self._options.debug:
             _check_finite(inputs, lowered.pieces.per_step)
@@ -68,7 +66,7 @@ class Program:
         run = Run(module, inputs, seed, lowered.pieces.wanted)
         meta = [t for label in run.wanted for t in pytree.tree_leaves(inputs[label])]
         if meta:
-            loss: Tensor = MetaLoop.apply(run, *meta)
+            loss: Tensor = MetaLoop.apply(run, *meta)  # type: ignore[no-untyped-call]
         else:
             loss = run.adapt()
             run.forget()
@@ -143,7 +141,9 @@ class Program:
         for value, tensor in zip(values, run.state, strict=True):
             own = tensor.detach().clone() if id(tensor) in owned else tensor
             after[value.role][value.label] = own
-        buffers = {k: t.detach().clone() for k, t in stock.buffers.items() if k not in after[Role.BUFFER]}
+        buffers = {
+            k: t.detach().clone() for k, t in stock.buffers.items() if k not in after[Role.BUFFER]
+        }
         assert run.inner_losses is not None
         state: dict[str, Any] = {}
         for owner, spec, leaves in lowered.loop.layout.state:
@@ -166,7 +166,7 @@ class Program:
 
     def _apply(self, result: Result) -> None:
         stock = take_stock(self._problem)
-        by_label = {label: p for label, p in {**stock.theta, **stock.context}.items()}
+        by_label: dict[Any, Any] = {**stock.theta, **stock.context}
         with torch.no_grad():
             for label in stock.theta:
                 by_label[label].copy_(result.params[label])
@@ -174,7 +174,7 @@ class Program:
                 stock.buffers[label].copy_(tensor)
         for owner, state in result.opt_state.items():
             own = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), state)
-            self._problem.opt.state[by_label.get(owner, owner)] = own  # type: ignore[index]
+            self._problem.opt.state[by_label.get(owner, owner)] = own
 
 
 def _signature(stock: Stock) -> Any:
@@ -188,7 +188,7 @@ def _signature(stock: Stock) -> Any:
         return tuple(rows)
 
     groups = (stock.theta, stock.context, stock.buffers, stock.hyper, stock.opt_state)
-    return (tuple(described(group) for group in groups), repr(stock.layout))  # type: ignore[arg-type]
+    return (tuple(described(group) for group in groups), repr(stock.layout))
 
 
 def _inputs(lowered: Lowered, stock: Stock, train: Batches, val: Batches) -> dict[str, Any]:

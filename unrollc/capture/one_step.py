@@ -1,0 +1,289 @@
+"""One inner step while it is recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from unrollc.capture.assemble import Concretes, assemble, concretes_of
+from unrollc.capture.batches import Batches
+from unrollc.capture.model import (
+    capturing,
+    explained,
+    inner_gradient,
+    module_names,
+    with_parameter_hooks,
+)
+from unrollc.capture.naming import Names
+from unrollc.capture.optimizer import Layout, run_user_update
+from unrollc.capture.problem import PerStep, Problem, Stock
+from unrollc.capture.record import Recorder
+from unrollc.capture.source import SourceFinder
+from unrollc.errors import CaptureError, Source
+from unrollc.step import STATE_ROLES, Phase, Role, StepGraph, Value
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A hyperparameter whose value Python read, so that its gradient is lost.
+
+    Attributes:
+        labels: Labels of the tensor hyperparameters that the value depends on.
+        source: The line that read it.
+        reason: How it lost the gradient.
+    """
+
+    labels: tuple[str, ...]
+    source: Source | None
+    reason: str = "its value is turned into a Python number, which cuts Requirement III(a)"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One captured step and the conditions under which it stands for another.
+
+    Attributes:
+        graph: Index into `Loop.steps`.
+        before, after: The optimizer's layout.
+        batch: Shapes and dtypes of the batch.
+        state: Example tensors of the optimizer state after the step.
+        concretes: Guards and counters as functions of known scalars.
+        cuts: Gradients that the captured Python code lost.
+        tuned: Known scalars after the step that tensor hyperparameters had a part in, with the
+            labels of these.
+        zero_tests: Hyperparameters that are exactly zero where the code asks whether they are.
+    """
+
+    graph: int
+    before: Layout
+    after: Layout
+    batch: tuple[Any, ...]
+    state: dict[str, Tensor]
+    concretes: Concretes
+    cuts: tuple[Cut, ...]
+    tuned: dict[str, tuple[str, ...]]
+    zero_tests: tuple[tuple[str, Source | None], ...]
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a step starts from.
+
+    Attributes:
+        layout: The optimizer's layout.
+        state: Example tensors of its state.
+        tuned: Known scalars of the state that hyperparameters had a part in (`Kind.tuned`).
+    """
+
+    layout: Layout
+    state: Mapping[str, Tensor]
+    tuned: Mapping[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all captures of a loop share.
+
+    Attributes:
+        extra: Labels of tensors besides θ whose inner-loss gradient is recorded as well.
+        names: Identifiers for labels.
+        lifted: Tensors from outside found so far; captures append to it.
+    """
+
+    extra: tuple[str, ...]
+    names: Names
+    lifted: list[Tensor]
+
+
+class StepRecording:
+    """One step while it is being recorded."""
+
+    def __init__(self, problem: Problem, stock: Stock, start: Start, shared: Shared) -> None:
+        self.problem, self.stock, self.shared = problem, stock, shared
+        self.layout, self.state, self.tuned = start.layout, start.state, start.tuned
+        self.names = shared.names
+        self.recorder = Recorder(SourceFinder(module_names(problem)))
+        self.values: list[Value] = []
+
+    def capture(
+        self,
+        train: Batches,
+        step: int,
+        concrete: Mapping[str, Tensor],
+        nonzero: frozenset[str],
+    ) -> tuple[StepGraph, Kind]:
+        """Record the step.
+
+        Args:
+            train: The batches.
+            step: Number of the step.
+            concrete: Known scalars at this step.
+            nonzero: Hyperparameters that a test ``x != 0`` finds different from zero, though
+                they are zero (see `zero_branch`).
+        """
+        recorder = self.recorder
+        recorder.nonzero = nonzero
+        inputs = [
+            self._input(role, label, tensor, concrete.get(label))
+            for role, label, tensor in self._examples(train, step)
+        ]
+        labels = [value.label for value in self.values]
+
+        def run_user_step(*tensors: Tensor) -> dict[str, Any]:
+            return self._step(dict(zip(labels, tensors, strict=True)), train)
+
+        with capturing(self.problem, recorder), explained("the inner step"):
+            results = recorder.run(run_user_step, inputs)
+        after: Layout = results["layout"]
+        state_after: dict[str, Tensor] = results["state"]
+        outputs = self._outputs(results)
+        counted = {
+            value.label: node
+            for value, node in outputs
+            if value.role in STATE_ROLES and node in recorder.concrete
+        }
+        tuned = {label: found for label, node in counted.items() if (found := tuned_by(node))}
+        for label, node in self._placeholders(inputs):
+            node.meta["counter"] = label in counted and label not in tuned
+        graph = assemble(recorder, self.values, outputs, self.names, self.shared.lifted)
+        kind = Kind(
+            graph=-1,
+            before=self.layout,
+            after=after,
+            batch=(),
+            state=state_after,
+            concretes=concretes_of(recorder, self._labels_of_nodes(), counted),
+            cuts=tuple(
+                Cut(tuned_by(guard.node), guard.source)
+                for guard in recorder.guards
+                if not guard.truth
+            ),
+            tuned=tuned,
+            zero_tests=tuple(recorder.zero_tests),
+        )
+        return graph, kind
+
+    def _placeholders(self, inputs: list[Tensor]) -> list[tuple[str, fx.Node]]:
+        found = []
+        for value, fake in zip(self.values, inputs, strict=True):
+            node = self.recorder.node_of(fake)
+            assert node is not None
+            found.append((value.label, node))
+        return found
+
+    def _examples(self, train: Batches, step: int) -> list[tuple[Role, str, Tensor]]:
+        stock = self.stock
+        hyper = {
+            label: value.per_step[0] if isinstance(value, PerStep) else value
+            for label, value in stock.hyper.items()
+        }
+        groups = (
+            (Role.THETA, stock.theta),
+            (Role.OPT_STATE, self.state),
+            (Role.BUFFER, stock.buffers),
+            (Role.HYPER, hyper),
+            (Role.CONTEXT, stock.context),
+            (Role.BATCH, dict(zip(train.labels, train.at(step), strict=True))),
+        )
+        return [(role, label, t) for role, tensors in groups for label, t in tensors.items()]
+
+    def _input(self, role: Role, label: str, example: Tensor, concrete: Tensor | None) -> Tensor:
+        name = self.names(label)
+        fake = self.recorder.input(name, example, concrete)
+        if role is Role.HYPER or label in self.tuned:
+            node = self.recorder.node_of(fake)
+            assert node is not None
+            node.meta["hyper"] = self.tuned.get(label, (label,))
+        self.values.append(Value(role, label, name))
+        return fake
+
+    def _step(self, tensors: dict[str, Tensor], train: Batches) -> dict[str, Any]:
+        recorder, stock = self.recorder, self.stock
+        extra = {label: tensors[label] for label in self.shared.extra}
+        theta = {label: tensors[label] for label in stock.theta}
+        rest = {label: tensors[label] for label in (*stock.context, *stock.buffers)}
+        rest = {label: tensor for label, tensor in rest.items() if label not in extra}
+
+        def batch(wrapped: Mapping[str, Tensor]) -> Any:
+            leaves = [wrapped.get(label, tensors[label]) for label in train.labels]
+            return pytree.tree_unflatten(leaves, train.spec)
+
+        gradients, extra_gradients, loss, after = inner_gradient(
+            self.problem, recorder, theta, extra, rest, batch
+        )
+        reached = {k: g for k, g in gradients.items() if not self._is_filled(g)}
+        if not reached:
+            raise CaptureError(
+                "the inner loss does not depend on any parameter that the optimizer holds",
+                why="every inner gradient is absent, so the inner loop would change nothing",
+                remedy="check that the loss uses the model's prediction, and for detach() or "
+                "no_grad on the way",
+            )
+        hooked = with_parameter_hooks(stock.theta, reached)
+        recorder.phase = Phase.UPDATE
+        frozen = {
+            stock.owners[id(parameter)]
+            for group in self.problem.opt.param_groups
+            for parameter in group["params"]
+        } - set(theta)
+        held = {label: tensors[label] for label in (*theta, *frozen)}
+        known = {**held, **{label: tensors[label] for label in (*self.state, *stock.hyper)}}
+        layout, state = run_user_update(
+            self.problem.opt, recorder, self.layout, stock.owners, known, hooked
+        )
+        return {
+            "theta": {label: known[label] for label in theta},
+            "state": state,
+            "buffers": {label: after[label] for label in stock.buffers},
+            "loss": loss,
+            "gradients": hooked,
+            "extra": {k: g for k, g in extra_gradients.items() if not self._is_filled(g)},
+            "layout": layout,
+        }
+
+    def _is_filled(self, gradient: Tensor) -> bool:
+        """Whether `torch.func.grad` filled in zeros for a tensor that the loss does not reach."""
+        node = self.recorder.node_of(gradient)
+        return node is not None and bool(node.meta.get("filled"))
+
+    def _outputs(self, results: dict[str, Any]) -> list[tuple[Value, fx.Node]]:
+        found: list[tuple[Value, fx.Node]] = []
+
+        def add(role: Role, label: str, tensor: Tensor, of: Role | None = None) -> None:
+            node = self.recorder.node_of(tensor)
+            assert node is not None, f"{label} was not recorded"
+            found.append((Value(role, label, self.names(label), of), node))
+
+        for label, tensor in results["theta"].items():
+            add(Role.THETA, label, tensor)
+        for label, tensor in results["state"].items():
+            add(Role.OPT_STATE, label, tensor)
+        for label, tensor in results["buffers"].items():
+            add(Role.BUFFER, label, tensor)
+        add(Role.LOSS, "loss", results["loss"])
+        for label, tensor in results["gradients"].items():
+            add(Role.GRADIENT, label, tensor, Role.THETA)
+        roles = {value.label: value.role for value in self.values}
+        for label, tensor in results["extra"].items():
+            add(Role.GRADIENT, label, tensor, roles[label])
+        return found
+
+    def _labels_of_nodes(self) -> dict[fx.Node, str]:
+        named = {value.name: value.label for value in self.values}
+        return {n: named[n.name] for n in self.recorder.graph.nodes if n.name in named}
+
+
+def tuned_by(node: fx.Node) -> tuple[str, ...]:
+    """Labels of the tensor hyperparameters that a known scalar depends on."""
+    stack, seen, labels = [node], set(), set()
+    while stack:
+        current = stack.pop()
+        if current not in seen:
+            seen.add(current)
+            labels.update(current.meta.get("hyper", ()))
+            stack.extend(current.all_input_nodes)
+    return tuple(sorted(labels))

@@ -1,0 +1,69 @@
+"""The outer validation loss."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from unrollc.capture.assemble import assemble
+from unrollc.capture.batches import Batches
+from unrollc.capture.loop import Loop
+from unrollc.capture.model import capturing, explained, module_names, run_user_loss
+from unrollc.capture.naming import Names
+from unrollc.capture.problem import Problem, Stock
+from unrollc.capture.record import Recorder
+from unrollc.capture.source import SourceFinder
+from unrollc.step import Role, StepGraph, Value
+
+
+def capture_val(
+    problem: Problem,
+    stock: Stock,
+    val: Batches,
+    loop: Loop,
+    names: Names,
+) -> tuple[StepGraph, dict[str, Tensor]]:
+    """The validation loss as a graph over θ_T, buffers, context and the validation batch.
+
+    Returns:
+        The graph, and the tensors of `loop.lifted` with those added that only the validation
+        loss brings in.
+    """
+    recorder = Recorder(SourceFinder(module_names(problem)))
+    changing = {value.label for value, _ in loop.steps[0].inputs_with(Role.BUFFER)}
+    groups = (
+        (Role.THETA, stock.theta),
+        (Role.BUFFER, {k: t for k, t in stock.buffers.items() if k in changing}),
+        (
+            Role.CONTEXT,
+            {**{k: t for k, t in stock.buffers.items() if k not in changing}, **stock.context},
+        ),
+        (Role.BATCH, dict(zip(val.labels, val.leaves, strict=True))),
+    )
+    values = [Value(role, k, names(k)) for role, tensors in groups for k in tensors]
+    examples = [tensor for _, tensors in groups for tensor in tensors.values()]
+    inputs = [recorder.input(v.name, t) for v, t in zip(values, examples, strict=True)]
+
+    def run_user_validation(*given: Tensor) -> Tensor:
+        tensors = {v.label: t for v, t in zip(values, given, strict=True)}
+        theta = {label: tensors.pop(label) for label in stock.theta}
+
+        def evaluate(theta: dict[str, Tensor], rest: dict[str, Tensor]) -> Tensor:
+            batch = pytree.tree_unflatten([rest[label] for label in val.labels], val.spec)
+            return run_user_loss(problem, problem.val_loss, recorder, {**rest, **theta}, batch)
+
+        # Under torch.func.grad custom functions are captured as in the inner loss; the gradient
+        # itself is dead code here.
+        loss: Tensor = torch.func.grad_and_value(evaluate)(theta, tensors)[1]
+        return loss
+
+    with capturing(problem, recorder), explained("the validation loss"):
+        loss = recorder.run(run_user_validation, inputs)
+    node = recorder.node_of(loss)
+    assert node is not None
+    lifted = list(loop.lifted.values())
+    graph = assemble(
+        recorder, values, [(Value(Role.LOSS, "val_loss", "val_loss"), node)], names, lifted
+    )
+    return graph, {f"closure[{index}]": tensor for index, tensor in enumerate(lifted)}
