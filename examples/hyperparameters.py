@@ -32,7 +32,7 @@ START_LR = 1e-3  # PyTorch's default
 START_WEIGHT_DECAY = 1e-4
 LR_RANGE = (1e-4, 1.0)  # of the grid
 WEIGHT_DECAY_RANGE = (1e-6, 1.0)
-OUTER_LR = 0.15  # in units of log learning rate
+OUTER_LR = 0.3  # in units of log learning rate
 
 console = Console()
 
@@ -56,14 +56,22 @@ def load_data(train: int, validation: int, generator: torch.Generator) -> Digits
     return Digits(*zip(images.split(sizes), labels.split(sizes), strict=True))
 
 
+def deep_mlp(hidden_layers: int, width: int = 64) -> nn.Sequential:
+    """Images [n, 64] to logits [n, 10] through `hidden_layers` tanh layers."""
+    hidden = [
+        layer
+        for _ in range(hidden_layers)
+        for layer in (nn.Linear(width, width), nn.Tanh())
+    ]
+    return nn.Sequential(*hidden, nn.Linear(width, 10))
+
+
 class Trainer:
     """An MLP, its Adam with one param group per tensor, and the compiled 100 steps."""
 
     def __init__(self, data: Digits, steps: int, generator: torch.Generator) -> None:
         self.data, self.steps, self.generator = data, steps, generator
-        self.model = nn.Sequential(
-            nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10)
-        )
+        self.model = deep_mlp(hidden_layers=4)
         self.names = [name for name, _ in self.model.named_parameters()]
         groups = [{"params": [parameter]} for parameter in self.model.parameters()]
         self.opt = torch.optim.Adam(groups)
@@ -264,7 +272,7 @@ def show_hyperparameters(names: list[str], methods: dict[str, Tuned]) -> None:
 
 
 def main(
-    steps: Annotated[int, typer.Option(help="Outer steps, one meta-gradient each.")] = 40,
+    steps: Annotated[int, typer.Option(help="Outer steps, one meta-gradient each.")] = 60,
     inner: Annotated[int, typer.Option(help="Inner steps of Adam in a training.")] = 100,
     trainings: Annotated[int, typer.Option(help="Fresh trainings that judge a method.")] = 20,
     seed: Annotated[int, typer.Option(help="Of data split, weights and batches.")] = 0,

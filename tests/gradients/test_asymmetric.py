@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import unrollc
 from tests.gradients.programs import assert_equals_eager
 from tests.oracles import eager, finite, ordinary
+from tests.oracles.compare import assert_close
 from tests.oracles.models import CLASSES, MLP
 from tests.oracles.objectives import Loss, unstack
 
@@ -157,10 +158,32 @@ def test_a_custom_function(function: type[torch.autograd.Function]) -> None:
 
 
 def test_a_gradient_hook() -> None:
-    def clipped(x: Tensor) -> Tensor:
+    """A hook edits the inner gradient, and the meta-gradient is that of the loop that runs.
+
+    Eager double backward would run the hook on the outer cotangents as well, which is the
+    derivative of nothing; finite differences of the loop are the oracle here.
+    """
+
+    def scaled(x: Tensor) -> Tensor:
         x = x * 1.0
         if x.requires_grad:
-            x.register_hook(lambda grad: grad.clamp(-0.02, 0.02))
+            x.register_hook(lambda grad: grad * 0.5 + grad**3)
         return x
 
-    check(Function(clipped), torch.randn(T, 5, 4))
+    model = Function(scaled)
+    inputs = torch.randn(T, 5, 4)
+    target = torch.randint(CLASSES, (T, 5))
+    opt = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.5, weight_decay=0.1)
+    program = unrollc.compile(model, opt, F.cross_entropy)
+    val = (inputs[0], target[0])
+    result = program((inputs, target), val)
+    weight = model.hidden.weight
+    trained = ordinary.train(model, opt, F.cross_entropy, unstack((inputs, target)))
+    assert_close(result.params, trained.params, rtol=1e-12)
+    (found,) = torch.autograd.grad(result.loss, [weight])
+
+    def loss() -> Tensor:
+        with torch.no_grad():
+            return program((inputs, target), val).loss
+
+    finite.assert_gradient(loss, weight, found)

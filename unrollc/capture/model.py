@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.stateless import _reparametrize_module
+from torch.overrides import TorchFunctionMode
 
 from unrollc.capture.batches import as_arguments
 from unrollc.capture.functions import declared_functions
-from unrollc.capture.problem import Loss, Objective, Problem
-from unrollc.capture.record import Recorder
+from unrollc.capture.problem import Loss, Objective, Problem, Stock
+from unrollc.capture.record import Recorder, map_tensors
 from unrollc.capture.source import error_source
 from unrollc.errors import CaptureError, UnrollcError
 from unrollc.step import Phase
@@ -83,13 +84,37 @@ def _refill(container: Any, content: Any) -> None:
         container.update(content)
 
 
+class _Substituted(TorchFunctionMode):
+    """Puts traced tensors in place of the user's own wherever torch functions receive these.
+
+    Modules are swapped as a whole; this is for references that were taken before, such as
+    ``params = list(model.parameters())`` in a regulariser, which mean the fast weights too.
+    """
+
+    def __init__(self, replacements: Mapping[int, Tensor]) -> None:
+        super().__init__()
+        self._replacements = replacements
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def replaced(tensor: Tensor) -> Tensor:
+            return self._replacements.get(id(tensor), tensor)
+
+        return func(*map_tensors(replaced, args), **map_tensors(replaced, kwargs or {}))
+
+
 def run_user_loss(
-    problem: Problem, loss: Loss, recorder: Recorder, tensors: dict[str, Tensor], batch: Any
+    problem: Problem,
+    stock: Stock,
+    loss: Loss,
+    recorder: Recorder,
+    tensors: dict[str, Tensor],
+    batch: Any,
 ) -> Tensor:
     """The loss of one batch with every parameter and buffer replaced.
 
     Args:
         problem: The user's objects.
+        stock: Their tensors.
         loss: ``problem.loss`` or ``problem.val_loss``.
         recorder: Told when the model is left and the loss begins.
         tensors: Replacements by label; buffers that the forward rebinds are updated in it.
@@ -103,6 +128,9 @@ def run_user_loss(
                 if label.startswith(prefix)
             }
             stack.enter_context(_swapped(module, own, prefix, tensors))
+        originals = {**stock.theta, **stock.context, **stock.buffers}
+        replacements = {id(t): tensors[label] for label, t in originals.items()}
+        stack.enter_context(_Substituted(replacements))
         recorder.phase = Phase.FORWARD
         if isinstance(loss, Objective):
             value = loss.fn(problem.model, batch)
@@ -151,11 +179,12 @@ def _scalar(value: Any, problem: Problem, loss: Loss) -> Tensor:
 
 def inner_gradient(
     problem: Problem,
+    stock: Stock,
     recorder: Recorder,
     theta: dict[str, Tensor],
     extra: dict[str, Tensor],
     rest: dict[str, Tensor],
-    batch: Any,
+    batch: Callable[[Mapping[str, Tensor]], Any],
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor, dict[str, Tensor]]:
     """The inner loss and its gradient, by `torch.func.grad`.
 
@@ -164,7 +193,7 @@ def inner_gradient(
         extra: Other tensors whose gradient is recorded too (mixed mode needs it); a label of a
             batch leaf stands for that leaf.
         rest: The remaining parameters and all buffers.
-        batch: The batch as the user's structure, with leaves of `extra` looked up in it.
+        batch: The batch in the user's structure, given the tensors of `extra`.
 
     Returns:
         Gradients of θ, gradients of `extra`, the loss, and the tensors after the forward pass.
@@ -174,7 +203,7 @@ def inner_gradient(
         theta: dict[str, Tensor], extra: dict[str, Tensor], rest: dict[str, Tensor]
     ) -> tuple[Tensor, tuple[Tensor, dict[str, Tensor]]]:
         tensors = {**rest, **theta, **extra}
-        value = run_user_loss(problem, problem.loss, recorder, tensors, batch(extra))
+        value = run_user_loss(problem, stock, problem.loss, recorder, tensors, batch(extra))
         recorder.phase = Phase.GRADIENT
         after = {label: tensors[label] for label in rest}
         return value, (value, after)

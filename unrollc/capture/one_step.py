@@ -107,6 +107,7 @@ class StepRecording:
         self.layout, self.state, self.tuned = start.layout, start.state, start.tuned
         self.names = shared.names
         self.recorder = Recorder(SourceFinder(module_names(problem)))
+        self.recorder.fast = {id(tensor): label for label, tensor in stock.theta.items()}
         self.values: list[Value] = []
 
     def capture(
@@ -213,7 +214,7 @@ class StepRecording:
             return pytree.tree_unflatten(leaves, train.spec)
 
         gradients, extra_gradients, loss, after = inner_gradient(
-            self.problem, recorder, theta, extra, rest, batch
+            self.problem, stock, recorder, theta, extra, rest, batch
         )
         reached = {k: g for k, g in gradients.items() if not self._is_filled(g)}
         if not reached:

@@ -57,6 +57,8 @@ class Recorder(TorchDispatchMode):
         noise: Random inputs, with their placeholders.
         concrete: Real values of nodes that depend on known scalars alone.
         guards: Where Python read such a value.
+        fast: Labels of the user's parameters that are fast weights, by id; code that reads one
+            from outside would see a stale value.
         nonzero: Labels of hyperparameters for which ``x != 0`` is answered with yes.
         zero_tests: Hyperparameters equal to zero that the code compared with zero.
     """
@@ -72,6 +74,7 @@ class Recorder(TorchDispatchMode):
         self.concrete: dict[fx.Node, Tensor] = {}
         self.guards: list[Guard] = []
         self.nonzero: frozenset[str] = frozenset()
+        self.fast: dict[int, str] = {}
         self.zero_tests: list[tuple[str, Source | None]] = []
         self.origin: fx.Node | None = None
         self.declaring = False
@@ -213,6 +216,14 @@ class Recorder(TorchDispatchMode):
                 return node.meta["val"]  # type: ignore[no-any-return]
         if isinstance(tensor, FakeTensor):
             raise AssertionError("a fake tensor of unknown origin reached the recorder")
+        if id(tensor) in self.fast:
+            raise CaptureError(
+                f"the code reads {self.fast[id(tensor)]} behind the model's back",
+                where=self._line(),
+                why="the parameter is a fast weight; a reference from outside (an attribute of "
+                "the optimizer, say) would see its initial value at every step",
+                remedy="reach it through the model or through optimizer.param_groups",
+            )
         fake = self.input(f"lifted_{len(self.lifted)}", tensor)
         node = self._nodes[id(fake)]
         self.lifted.append((tensor, node))

@@ -31,6 +31,7 @@ def capture_val(
         loss brings in.
     """
     recorder = Recorder(SourceFinder(module_names(problem)))
+    recorder.fast = {id(tensor): label for label, tensor in stock.theta.items()}
     changing = {value.label for value, _ in loop.steps[0].inputs_with(Role.BUFFER)}
     groups = (
         (Role.THETA, stock.theta),
@@ -51,7 +52,8 @@ def capture_val(
 
         def evaluate(theta: dict[str, Tensor], rest: dict[str, Tensor]) -> Tensor:
             batch = pytree.tree_unflatten([rest[label] for label in val.labels], val.spec)
-            return run_user_loss(problem, problem.val_loss, recorder, {**rest, **theta}, batch)
+            tensors = {**rest, **theta}
+            return run_user_loss(problem, stock, problem.val_loss, recorder, tensors, batch)
 
         # Under torch.func.grad custom functions are captured as in the inner loss; the gradient
         # itself is dead code here.

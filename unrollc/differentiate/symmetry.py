@@ -172,6 +172,8 @@ def _hash(node: fx.Node, known: Mapping[fx.Node, Any]) -> Any:
     args: Any = node.args
     if node.target is aten.native_batch_norm_backward.default and args[7]:
         args = (*args[:3], None, None, *args[5:])  # in training it reads no running statistics
+    if node.target is aten.convolution_backward.default and not args[-1][2]:
+        args = (*args[:3], None, *args[4:])  # the bias's shape, of which no gradient is asked
     target: Any = node.target
     if target is aten._native_batch_norm_legit_functional.default and args[5]:
         target, args = aten._native_batch_norm_legit.no_stats, (*args[:3], *args[5:])

@@ -70,7 +70,7 @@ def check_requirements(
     *,
     first_order: bool = False,
     steps_back: int | None = None,
-    ids: Mapping[int, str] | None = None,
+    ids: Mapping[int, tuple[str, ...]] | None = None,
 ) -> Requirements:
     """Verdicts on `meta` by dependence.
 

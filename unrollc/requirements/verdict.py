@@ -78,20 +78,40 @@ class Requirements:
     """
 
     verdicts: Mapping[str, Verdict]
-    labels: Mapping[int, str] = field(default_factory=dict, repr=False)
+    labels: Mapping[int, tuple[str, ...]] = field(default_factory=dict, repr=False)
+
+    @property
+    def failed(self) -> list[Verdict]:
+        """Verdicts on requested gradients that do not exist.
+
+        A tensor in several places (a rate of two groups, data for training and validation) has
+        a gradient where one of them has.
+        """
+        present = {v.label for v in self.verdicts.values() if v.status == "exists"}
+        shared = {
+            label for labels in self.labels.values() if present & set(labels) for label in labels
+        }
+        return [
+            v
+            for v in self.verdicts.values()
+            if v.requested
+            and v.status != "exists"
+            and not (v.status == "zero" and v.label in shared)
+        ]
 
     @property
     def ok(self) -> bool:
         """Whether every requested meta-gradient exists."""
-        return all(v.status == "exists" for v in self.verdicts.values() if v.requested)
+        return not self.failed
 
     def __getitem__(self, key: str | Tensor | Any) -> Verdict:
         tensor = getattr(key, "per_step", key)
-        label = key if isinstance(key, str) else self.labels.get(id(tensor), "")
-        if label not in self.verdicts:
+        labels = (key,) if isinstance(key, str) else self.labels.get(id(tensor), ())
+        found = [self.verdicts[label] for label in labels if label in self.verdicts]
+        if not found:
             known = ", ".join(self.verdicts)
             raise KeyError(f"{key!r} is not a meta-parameter; these are: {known}")
-        return self.verdicts[label]
+        return next((verdict for verdict in found if verdict.status == "exists"), found[0])
 
     def __iter__(self) -> Iterator[Verdict]:
         return iter(self.verdicts.values())
@@ -105,9 +125,8 @@ class Requirements:
         Raises:
             RequirementError: If a requested meta-gradient is zero or undefined.
         """
-        for verdict in self.verdicts.values():
-            if verdict.requested and verdict.status != "exists":
-                raise verdict.error()
+        for verdict in self.failed:
+            raise verdict.error()
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Plain data for tools: one entry a meta-parameter."""

@@ -26,7 +26,7 @@ from unrollc.plan.pieces import Pieces
 from unrollc.plan.schedule import forward_only, keep_all
 from unrollc.requirements.check import MetaParameter, check_requirements
 from unrollc.requirements.verdict import Requirements
-from unrollc.runtime.options import Options, candidates, resolve_meta
+from unrollc.runtime.options import Options, candidates, labels_by_tensor, resolve_meta
 from unrollc.step import STATE_ROLES, Role, StepGraph
 
 
@@ -105,7 +105,7 @@ def capture_and_check(
         meta,
         first_order=options.first_order,
         steps_back=options.steps_back(train.steps),
-        ids={id(t): label for (_, label), tensors in known.items() for t in tensors},
+        ids=labels_by_tensor(known),
     )
     return loop, graph, lifted, meta, requirements
 

@@ -135,6 +135,17 @@ def candidates(
     return found
 
 
+def labels_by_tensor(
+    known: Mapping[tuple[Role, str], tuple[Tensor, ...]],
+) -> dict[int, tuple[str, ...]]:
+    """Every label of a tensor, by its id; one tensor may stand in several places."""
+    found: dict[int, tuple[str, ...]] = {}
+    for (_, label), tensors in known.items():
+        for tensor in tensors:
+            found[id(tensor)] = (*found.get(id(tensor), ()), label)
+    return found
+
+
 def resolve_meta(
     options: Options,
     known: Mapping[tuple[Role, str], tuple[Tensor, ...]],
@@ -167,7 +178,10 @@ def _listed(
     meta: Sequence[Any], known: Mapping[tuple[Role, str], tuple[Tensor, ...]], complete: bool
 ) -> list[MetaParameter]:
     by_label = {label: key for key in known for label in (key[1],)}
-    by_id = {id(t): key for key, tensors in known.items() for t in tensors}
+    by_id: dict[int, list[tuple[Role, str]]] = {}
+    for each, tensors in known.items():
+        for tensor in tensors:
+            by_id.setdefault(id(tensor), []).append(each)
     found: dict[tuple[Role, str], MetaParameter] = {}
     for position, item in enumerate(meta):
         item = item.per_step if isinstance(item, PerStep) else item
@@ -179,7 +193,7 @@ def _listed(
                     remedy=f"known labels: {', '.join(sorted(by_label))}",
                 )
         elif isinstance(item, Tensor):
-            key = by_id.get(id(item))
+            key = next(iter(by_id.get(id(item), ())), None)
             if key is None and complete:
                 raise RequirementError(
                     f"nothing depends on meta[{position}] (shape {list(item.shape)})",
@@ -205,4 +219,11 @@ def _listed(
                 remedy="call .requires_grad_() on it before the call",
             )
         found[key] = MetaParameter(*key)
-    return list(found.values())
+    # A tensor in several places has one gradient, the sum over all of them.
+    places = {
+        other: MetaParameter(*other)
+        for key in found
+        for tensor in known[key]
+        for other in by_id[id(tensor)]
+    }
+    return list({**found, **places}.values())
