@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from torch import Tensor, nn
 
 
@@ -15,9 +17,7 @@ class Conv4(nn.Module):
     def __init__(self, outputs: int, channels: int = 32) -> None:
         super().__init__()
         widths = (1, channels, channels, channels, channels)
-        self.blocks = nn.Sequential(
-            *(block(*pair) for pair in zip(widths[:-1], widths[1:], strict=True))
-        )
+        self.blocks = nn.Sequential(*(block(*pair) for pair in itertools.pairwise(widths)))
         self.head = nn.Linear(channels, outputs)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Batch = tuple[Tensor, Tensor]
@@ -89,7 +90,13 @@ class Task:
 
 @dataclass(frozen=True)
 class TaskSampler:
-    """Draws N-way K-shot tasks; the same generator state draws the same tasks."""
+    """Draws N-way K-shot tasks; the same generator state draws the same tasks.
+
+    Each character of a task has one random orientation, the same for its support and query
+    images. A character and an orientation make a class, so there are more classes than any
+    training sees. (Quarter turns are usual on Omniglot since Santoro et al. 2016; here every
+    angle is possible, and the mirror image too.)
+    """
 
     characters: Characters
     generator: torch.Generator
@@ -107,6 +114,10 @@ class TaskSampler:
                 f"{self.shots + self.queries} samples per class; there are {samples}"
             )
 
+    @property
+    def images_per_task(self) -> int:
+        return self.ways * (self.shots + self.queries)
+
     def draw(self) -> Task:
         """A task of `ways` distinct characters; no image is both support and query."""
         classes, samples = self.characters.images.shape[:2]
@@ -117,16 +128,42 @@ class TaskSampler:
                 for index in chosen
             ]
         )
-        support, query = drawn[:, : self.shots], drawn[:, self.shots : self.shots + self.queries]
+        drawn = drawn[:, : self.shots + self.queries] / 255
+        drawn = orient(drawn, random_orientations(self.ways, self.generator))
+        support, query = drawn[:, : self.shots], drawn[:, self.shots :]
         names = tuple(self.characters.names[index] for index in chosen.tolist())
         return Task(_batch(support), _batch(query), names)
 
 
 def _batch(images: Tensor) -> Batch:
-    """uint8 [ways, n, h, w] to float32 [ways * n, 1, h, w] and its labels."""
+    """[ways, n, height, width] to [ways * n, 1, height, width] and its labels."""
     ways, count = images.shape[:2]
-    labels = torch.arange(ways).repeat_interleave(count)
-    return images.flatten(0, 1).unsqueeze(1) / 255, labels
+    return images.flatten(0, 1).unsqueeze(1), torch.arange(ways).repeat_interleave(count)
+
+
+@dataclass(frozen=True)
+class Orientations:
+    """Counterclockwise angles in radians [n], and whether mirrored first [n]."""
+
+    angles: Tensor
+    mirrored: Tensor
+
+
+def random_orientations(count: int, generator: torch.Generator) -> Orientations:
+    """Uniform over angles and mirror images."""
+    angles = 2 * math.pi * torch.rand(count, generator=generator)
+    return Orientations(angles, torch.rand(count, generator=generator) < 0.5)
+
+
+def orient(images: Tensor, orientations: Orientations) -> Tensor:
+    """Mirror and turn float [n, channels, height, width], all channels of an image alike."""
+    mirrored = orientations.mirrored.view(-1, 1, 1, 1)
+    images = torch.where(mirrored, images.flip(-1), images)
+    cos, sin = orientations.angles.cos(), orientations.angles.sin()
+    zero = torch.zeros_like(cos)
+    rows = torch.stack([cos, -sin, zero, sin, cos, zero], dim=1).view(-1, 2, 3)
+    grid = F.affine_grid(rows, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, align_corners=False)
 
 
 @dataclass(frozen=True)

@@ -11,17 +11,14 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 import typer
+from display import console, progress
 from fewshot import Batch, Estimate
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -33,8 +30,6 @@ START_WEIGHT_DECAY = 1e-4
 LR_RANGE = (1e-4, 1.0)  # of the grid
 WEIGHT_DECAY_RANGE = (1e-6, 1.0)
 OUTER_LR = 0.3  # in units of log learning rate
-
-console = Console()
 
 
 @dataclass(frozen=True)
@@ -58,11 +53,7 @@ def load_data(train: int, validation: int, generator: torch.Generator) -> Digits
 
 def deep_mlp(hidden_layers: int, width: int = 64) -> nn.Sequential:
     """Images [n, 64] to logits [n, 10] through `hidden_layers` tanh layers."""
-    hidden = [
-        layer
-        for _ in range(hidden_layers)
-        for layer in (nn.Linear(width, width), nn.Tanh())
-    ]
+    hidden = [layer for _ in range(hidden_layers) for layer in (nn.Linear(width, width), nn.Tanh())]
     return nn.Sequential(*hidden, nn.Linear(width, 10))
 
 
@@ -222,21 +213,6 @@ def loss_of(trainer: Trainer, result: unrollc.Result, batch: Batch) -> float:
     images, labels = batch
     logits = torch.func.functional_call(trainer.model, dict(result.params), (images,))
     return F.cross_entropy(logits, labels).item()
-
-
-@contextmanager
-def progress(title: str, total: int) -> Iterator[Callable[[str], None]]:
-    """A progress bar; calling what it yields advances it by one and shows a note."""
-    columns = (
-        TextColumn(f"{title:<14}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-    )
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda note: bar.update(task, advance=1, description=note)
 
 
 def show_scores(methods: dict[str, tuple[Tuned, Scores]], trainings: int) -> None:

@@ -175,8 +175,7 @@ def verify(step: StepGraph) -> None:
     """Check what every stage may rely on; a failure is our own mistake, hence assertions.
 
     Placeholders and outputs agree with their types, every op is a functional ATen op (or
-    `ATTACH`), every tensor node has its metadata, and the update phase reads the inner step only
-    through its gradients.
+    `ATTACH`), and every tensor node has its metadata.
     """
     assert len(step.placeholders) == len(step.inputs), (step.placeholders, step.inputs)
     assert len(step.results) == len(step.outputs), (step.results, step.outputs)
@@ -193,6 +192,22 @@ def verify(step: StepGraph) -> None:
         if isinstance(node.target, torch._ops.OpOverload):
             assert not node.target._schema.is_mutable, f"mutation in {node.format_node()}"
         assert "phase" in node.meta and "val" in node.meta, f"no metadata on {node.format_node()}"
+
+
+def verify_update(step: StepGraph) -> None:
+    """Check that a captured step's update reads the inner step through its gradients alone.
+
+    Differentiation cuts the step there: Oᵀ·B is the cotangent of what crosses the cut.
+    """
+    gradients = {node for _, node in step.outputs_with(Role.GRADIENT)}
+    inner = (Phase.FORWARD, Phase.LOSS, Phase.GRADIENT)
+    for node in step.graph.nodes:
+        if node.op == "call_function" and node.meta["phase"] is Phase.UPDATE:
+            for source in node.all_input_nodes:
+                crossing = source.op == "call_function" and source.meta["phase"] in inner
+                assert not crossing or source in gradients, (
+                    f"the update reads {source.format_node()}, which is no gradient"
+                )
 
 
 def tensors_of(node: fx.Node) -> list[torch.Tensor]:

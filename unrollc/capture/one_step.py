@@ -24,7 +24,7 @@ from unrollc.capture.problem import PerStep, Problem, Stock
 from unrollc.capture.record import Recorder
 from unrollc.capture.source import SourceFinder
 from unrollc.errors import CaptureError, Source
-from unrollc.step import STATE_ROLES, Phase, Role, StepGraph, Value
+from unrollc.step import STATE_ROLES, Phase, Role, StepGraph, Value, verify_update
 
 
 @dataclass(frozen=True)
@@ -151,6 +151,7 @@ class StepRecording:
         for label, node in self._placeholders(inputs):
             node.meta["counter"] = label in counted and label not in tuned
         graph = assemble(recorder, self.values, outputs, self.names, self.shared.lifted)
+        verify_update(graph)
         kind = Kind(
             graph=-1,
             before=self.layout,

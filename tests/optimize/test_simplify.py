@@ -1,0 +1,308 @@
+"""Each pass before and after, and the whole pipeline on random graphs."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import Tensor, fx
+
+from tests.plan.graphs import Sketch, random_graphs, targets, values_for
+from unrollc.optimize.simplify import (
+    PASSES,
+    merge_common,
+    propagate_zeros,
+    relax_views,
+    remove_dead,
+    remove_identities,
+    simplify,
+    structural_zeros,
+)
+from unrollc.step import ATTACH, Phase, StepGraph, verify
+
+aten = torch.ops.aten
+ADJOINT = Phase.ADJOINT
+
+
+def run(step: StepGraph, *values: Tensor) -> tuple[Tensor, ...]:
+    step.module.recompile()
+    return step.module(*values)
+
+
+def x_of(*shape: int) -> tuple[Sketch, fx.Node]:
+    sketch = Sketch()
+    return sketch, sketch.input("x", *shape)
+
+
+# --- the passes -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("op", "args", "kwargs"),
+    [
+        (aten.detach.default, (), {}),
+        (aten.alias.default, (), {}),
+        (aten.clone.default, (), {}),
+        (aten._to_copy.default, (), {"dtype": torch.float64}),
+        (aten.expand.default, ([2, 3],), {}),
+        (aten.reshape.default, ([2, 3],), {}),
+    ],
+)
+def test_what_changes_nothing_goes(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    sketch, x = x_of(2, 3)
+    same = sketch.call(op, x, *args, **kwargs)
+    step = sketch.returning(sketch.call(aten.tanh.default, same))
+    assert remove_identities(step.graph)
+    verify(step)
+    assert targets(step) == [aten.tanh.default]
+    assert not remove_identities(step.graph)
+
+
+@pytest.mark.parametrize(
+    ("op", "args", "kwargs"),
+    [
+        (aten._to_copy.default, (), {"dtype": torch.float32}),
+        (aten.expand.default, ([5, 2, 3],), {}),
+        (aten.reshape.default, ([3, 2],), {}),
+        (aten.t.default, (), {}),
+        (aten.clone.default, (), {"memory_format": torch.channels_last}),
+    ],
+)
+def test_what_changes_the_value_stays(
+    op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    sketch, x = x_of(*((2, 3, 2, 2) if "memory_format" in kwargs else (2, 3)))
+    step = sketch.returning(sketch.call(op, x, *args, **kwargs))
+    assert not remove_identities(step.graph)
+    assert targets(step) == [op]
+
+
+def test_a_copy_is_its_source() -> None:
+    sketch, x = x_of(2, 3)
+    y = sketch.input("y", 2, 3)
+    narrow = sketch.call(aten._to_copy.default, y, dtype=torch.float32)
+    same = sketch.call(aten.copy.default, x, y)
+    cast = sketch.call(aten.copy.default, x, narrow)
+    step = sketch.returning(same, cast)
+    assert remove_identities(step.graph)
+    assert step.results == (y, cast)
+
+
+def test_a_declared_derivative_is_its_value() -> None:
+    sketch, x = x_of(2, 3)
+    y = sketch.input("y", 2, 3)
+    step = sketch.returning(sketch.call(ATTACH, x, y))
+    assert remove_identities(step.graph)
+    assert step.results == (x,)
+
+
+def test_two_transpositions_are_none() -> None:
+    sketch, x = x_of(2, 3)
+    once = sketch.call(aten.t.default, x)
+    step = sketch.returning(sketch.call(aten.t.default, once))
+    assert remove_identities(step.graph)
+    assert step.results == (x,)
+
+
+@pytest.mark.parametrize("op", [aten.view.default, aten._unsafe_view.default])
+def test_a_view_becomes_a_reshape(op: Any) -> None:
+    sketch, x = x_of(2, 3)
+    step = sketch.returning(sketch.call(op, x, [3, 2]))
+    assert relax_views(step.graph)
+    assert targets(step) == [aten.reshape.default]
+    assert not relax_views(step.graph)
+    value = torch.randn(3, 2, dtype=torch.float64).t()  # strides of which a view would fail
+    assert run(step, value)[0].equal(value.reshape(3, 2))
+
+
+def zero(sketch: Sketch, like: fx.Node, phase: Phase = ADJOINT) -> fx.Node:
+    return sketch.call(aten.zeros_like.default, like, phase=phase)
+
+
+@pytest.mark.parametrize("op", [aten.add.Tensor, aten.sub.Tensor])
+def test_a_structural_zero_is_not_added(op: Any) -> None:
+    sketch, x = x_of(2, 3)
+    step = sketch.returning(sketch.call(op, x, zero(sketch, x), phase=ADJOINT))
+    assert propagate_zeros(step.graph)
+    assert step.results == (x,)
+
+
+def test_adding_to_a_structural_zero_is_no_addition() -> None:
+    sketch, x = x_of(2, 3)
+    step = sketch.returning(
+        sketch.call(aten.add.Tensor, zero(sketch, x), x, phase=ADJOINT),
+        sketch.call(aten.sub.Tensor, zero(sketch, x), x, phase=ADJOINT),
+    )
+    assert propagate_zeros(step.graph)
+    assert step.results[0] is x
+    value = torch.randn(2, 3, dtype=torch.float64)
+    assert run(step, value)[1].equal(-value)
+
+
+@pytest.mark.parametrize("op", [aten.add.Tensor, aten.sub.Tensor])
+def test_the_factor_of_a_sum_is_kept(op: Any) -> None:
+    """``add(0, x, alpha=2)`` is 2x."""
+    sketch, x = x_of(2, 3)
+    step = sketch.returning(
+        sketch.call(op, zero(sketch, x), x, alpha=2, phase=ADJOINT),
+        sketch.call(op, x, zero(sketch, x), alpha=2, phase=ADJOINT),
+    )
+    value = torch.randn(2, 3, dtype=torch.float64)
+    before = run(step, value)
+    for found, expected in zip(run(simplify(step), value), before, strict=True):
+        assert found.equal(expected)
+
+
+def test_a_sum_that_broadcasts_stays() -> None:
+    sketch, x = x_of(2, 3)
+    row = sketch.input("row", 3)
+    step = sketch.returning(sketch.call(aten.add.Tensor, row, zero(sketch, x), phase=ADJOINT))
+    assert not propagate_zeros(step.graph)
+    value = torch.randn(3, dtype=torch.float64)
+    assert run(simplify(step), torch.randn(2, 3).double(), value)[0].equal(value.expand(2, 3))
+
+
+PRODUCTS = {
+    "mul": lambda s, x, z: s.call(aten.mul.Tensor, x, z, phase=ADJOINT),
+    "mul from the left": lambda s, x, z: s.call(aten.mul.Tensor, z, x, phase=ADJOINT),
+    "mul by a number": lambda s, x, z: s.call(aten.mul.Scalar, z, math.inf, phase=ADJOINT),
+    "mm": lambda s, x, z: s.call(aten.mm.default, z, x, phase=ADJOINT),
+    "neg": lambda s, x, z: s.call(aten.neg.default, z, phase=ADJOINT),
+    "t": lambda s, x, z: s.call(aten.t.default, z, phase=ADJOINT),
+    "reshape": lambda s, x, z: s.call(aten.reshape.default, z, [9], phase=ADJOINT),
+    "expand": lambda s, x, z: s.call(aten.expand.default, z, [2, 3, 3], phase=ADJOINT),
+    "permute": lambda s, x, z: s.call(aten.permute.default, z, [1, 0], phase=ADJOINT),
+    "transpose": lambda s, x, z: s.call(aten.transpose.int, z, 0, 1, phase=ADJOINT),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_a_product_with_a_structural_zero_vanishes(name: str) -> None:
+    """A path that does not exist stays zero against an infinite factor."""
+    sketch, x = x_of(3, 3)
+    product = PRODUCTS[name](sketch, x, zero(sketch, x))
+    step = simplify(sketch.returning(product))
+    assert structural_zeros(step) == (True,)
+    (found,) = run(step, torch.full((3, 3), math.inf, dtype=torch.float64))
+    assert found.shape == product.meta["val"].shape
+    assert not found.any()
+
+
+@pytest.mark.parametrize("phase", [Phase.FORWARD, Phase.LOSS, Phase.GRADIENT, Phase.UPDATE])
+@pytest.mark.parametrize("name", ["mul", "mul from the left", "mul by a number", "mm"])
+def test_a_zero_of_the_users_stays(name: str, phase: Phase) -> None:
+    """The broken twin: 0 times infinity is NaN where the user computes it, also if the product
+    itself belongs to the adjoint."""
+    sketch, x = x_of(3, 3)
+    product = PRODUCTS[name](sketch, x, zero(sketch, x, phase))
+    step = simplify(sketch.returning(product))
+    assert structural_zeros(step) == (False,)
+    (found,) = run(step, torch.full((3, 3), math.inf, dtype=torch.float64))
+    assert found.isnan().all()
+
+
+def test_a_structural_zero_in_a_product_of_the_users_stays() -> None:
+    sketch, x = x_of(3, 3)
+    step = sketch.returning(sketch.call(aten.mul.Tensor, x, zero(sketch, x), phase=Phase.UPDATE))
+    assert not propagate_zeros(step.graph)
+
+
+def test_equal_ops_are_one() -> None:
+    sketch, x = x_of(2, 3)
+    a, b = sketch.call(aten.tanh.default, x), sketch.call(aten.tanh.default, x)
+    step = sketch.returning(sketch.call(aten.add.Tensor, a, b))
+    assert merge_common(step.graph)
+    assert targets(step) == [aten.tanh.default, aten.add.Tensor]
+    (total,) = step.results
+    assert total is not None and total.args == (a, a)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(0.0, -0.0), (1, 1.0), (1, True), (0.1, 0.1 + 2**-56)],
+    ids=["signs of zero", "integer and float", "integer and truth", "neighbours"],
+)
+def test_numbers_that_differ_stay_apart(first: float, second: float) -> None:
+    sketch, x = x_of(2, 3)
+    a = sketch.call(aten.mul.Scalar, x, first)
+    b = sketch.call(aten.mul.Scalar, x, second)
+    step = sketch.returning(a, b)
+    assert merge_common(step.graph) == (repr(first) == repr(second))
+
+
+def test_ops_with_other_options_stay_apart() -> None:
+    sketch, x = x_of(2, 3)
+    step = sketch.returning(
+        sketch.call(aten._to_copy.default, x, dtype=torch.float32),
+        sketch.call(aten._to_copy.default, x, dtype=torch.float16),
+    )
+    assert not merge_common(step.graph)
+
+
+def test_results_of_merged_ops_are_merged() -> None:
+    sketch, x = x_of(2, 3)
+    parts = [sketch.part(sketch.call(aten.sort.default, x), 0) for _ in range(2)]
+    step = simplify(sketch.returning(*parts))
+    assert targets(step).count(aten.sort.default) == 1
+    assert step.results[0] is step.results[1]
+
+
+def test_what_nobody_reads_goes_and_inputs_stay() -> None:
+    sketch, x = x_of(2, 3)
+    sketch.input("unused", 2)
+    dead = sketch.call(aten.tanh.default, x)
+    sketch.call(aten.neg.default, dead)
+    step = sketch.returning(sketch.call(aten.exp.default, x))
+    assert remove_dead(step.graph)
+    assert targets(step) == [aten.exp.default]
+    assert len(step.placeholders) == 2
+
+
+# --- the pipeline -----------------------------------------------------------------------------
+
+
+def test_simplify_leaves_its_argument_alone() -> None:
+    sketch, x = x_of(2, 3)
+    a = sketch.call(aten.detach.default, x)
+    step = sketch.returning(sketch.call(aten.tanh.default, a))
+    before = str(step)
+    assert targets(simplify(step)) == [aten.tanh.default]
+    assert str(step) == before
+
+
+def test_absent_outputs_are_structural_zeros() -> None:
+    sketch, x = x_of(2, 3)
+    step = sketch.returning(None, x, zero(sketch, x), zero(sketch, x, Phase.UPDATE))
+    assert structural_zeros(step) == (True, False, True, False)
+
+
+def test_placeholders_are_the_same_after_every_pass() -> None:
+    sketch, x = x_of(2, 3)
+    y = sketch.input("y", 2, 3)
+    step = simplify(sketch.returning(sketch.call(aten.copy.default, x, y)))
+    assert [node.name for node in step.placeholders] == ["x", "y"]
+
+
+@given(random_graphs())
+@settings(max_examples=120, deadline=None, derandomize=True, database=None)
+def test_random_graphs_keep_their_values(step: StepGraph) -> None:
+    values = values_for(step)
+    simplified = simplify(step)
+    for found, expected in zip(run(simplified, *values), run(step, *values), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert len(targets(simplified)) <= len(targets(step))
+    assert not any(rewrite(simplified.graph) for rewrite in PASSES)
+
+
+def test_a_pass_that_changes_the_function_is_caught() -> None:
+    """The broken twin of the property above: a sum taken for its first term."""
+    sketch, x = x_of(2, 3)
+    y = sketch.input("y", 2, 3)
+    step = sketch.returning(sketch.call(aten.add.Tensor, x, y))
+    values = values_for(step)
+    expected = run(step, *values)
+    (total,) = step.results
+    assert total is not None
+    total.replace_all_uses_with(x)
+    assert not run(step, *values)[0].equal(expected[0])
