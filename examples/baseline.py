@@ -19,8 +19,8 @@ from torch import nn
 
 BATCH = 64
 PEAK_LR = 5e-3
-LEARNING_RATES = (0.03, 0.1, 0.3, 0.6)
-STEPS = (5, 10, 20, 40)
+LEARNING_RATES = (0.05, 0.1, 0.2, 0.4)
+STEPS = (10, 20, 40)
 
 
 @dataclass(frozen=True)

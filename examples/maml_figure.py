@@ -42,9 +42,9 @@ class Summary:
 
 def save_figure(summary: Summary, path: Path) -> None:
     """Draw and write a PNG."""
-    figure = Figure(figsize=(11, 3.6 + 1.15 * len(summary.predictions)), layout="constrained")
-    heights = [3.4, 1.15 * len(summary.predictions)]
-    top, bottom = figure.subfigures(2, 1, height_ratios=heights, hspace=0.04)
+    heights = [3.6, 0.4 + 0.85 * len(summary.predictions)]
+    figure = Figure(figsize=(11, sum(heights)), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=heights)
     curve, bars = top.subplots(1, 2, width_ratios=[3, 1])
     draw_curve(curve, summary)
     draw_comparison(bars, summary)
@@ -59,15 +59,13 @@ def draw_curve(axes: Axes, summary: Summary) -> None:
     window = min(WINDOW, len(accuracy))
     smooth = np.convolve(accuracy, np.ones(window) / window, mode="valid")
     axes.plot(steps[window - 1 :], smooth, color=MAML, linewidth=2, label=f"mean of {window}")
-    axes.axhline(20, color=MUTED, linestyle=":", linewidth=1)
-    axes.annotate("chance", (steps[-1], 20), ha="right", va="bottom", color=MUTED, fontsize=8)
     axes.set(
         title="Meta-training",
         xlabel="outer step",
-        ylabel="query accuracy after 5 inner steps (%)",
-        ylim=(0, 102),
+        ylabel="query accuracy after adaptation (%)",
+        ylim=(min(50, accuracy.min()), 100),
     )
-    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 0.24), fontsize=8)
+    axes.legend(frameon=False, loc="lower right", fontsize=8)
     _strip(axes)
 
 
@@ -79,7 +77,9 @@ def draw_comparison(axes: Axes, summary: Summary) -> None:
         ["fine-tuned", "MAML"], means, yerr=errors, color=[OTHER, MAML], width=0.6, capsize=4
     )
     axes.bar_label(bars, [f"{mean:.1f} %" for mean in means], padding=3, color=INK, fontsize=9)
-    axes.axhline(20, color=MUTED, linestyle=":", linewidth=1)
+    chance = 100 / len(summary.predictions[0].task.names)
+    axes.axhline(chance, color=MUTED, linestyle=":", linewidth=1)
+    axes.annotate("chance", (0.5, chance), ha="center", va="bottom", color=MUTED, fontsize=8)
     axes.set(title="Never-seen characters", ylabel="meta-test accuracy (%)", ylim=(0, 110))
     _strip(axes)
 

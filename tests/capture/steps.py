@@ -81,7 +81,5 @@ def live_state(step: StepGraph) -> frozenset[Key]:
     return frozenset(
         (value.role, value.label)
         for value, node in step.outputs_with(Role.THETA, Role.OPT_STATE)
-        if node is not None
-        and node.meta["val"].is_floating_point()
-        and value.label not in counters
+        if node is not None and node.meta["val"].is_floating_point() and value.label not in counters
     )

@@ -19,7 +19,7 @@ from unrollc.step import Role, copy
 pytestmark = pytest.mark.usefixtures("float64")
 
 T = 6
-# Scalars that are not the plan's: the cotangent 1 of autograd, and results of `backward`.
+# Scalars that are not the plan's: the cotangent 1 of autograd, the learning rate's gradient.
 SCALARS = 64
 
 
@@ -44,6 +44,8 @@ class Setting:
     ) -> None:
         self.model = MLP(hidden=64)
         self.opt = optimizer(self.model)
+        rate = torch.tensor(0.1, requires_grad=True)
+        self.opt.param_groups[0]["lr"] = rate
         inputs, target = cases.batches((16, 4), T, seed=1)
         self.val = (inputs[0].clone(), target[0])
         self.train: Any = unstack((inputs, target)) if listed else (inputs, target)
@@ -53,6 +55,7 @@ class Setting:
             targets = [y for _, y in self.train] if listed else [target]
             self.train = list(zip(self.leaves, targets, strict=True))
             self.train = self.train if listed else self.train[0]
+        self.leaves.append(rate)
         self.program = unrollc.compile(self.model, self.opt, F.cross_entropy, **options)
 
     @property
@@ -130,12 +133,11 @@ def test_the_timeline_reaches_the_peak(name: str) -> None:
 
 
 def test_kept_states_grow_by_a_state_a_step() -> None:
-    """State 0 is the user's, so step j waits with j - 1 states of θ and momentum."""
+    """State 0 is the user's; each later one is θ and momentum. State j is kept before step j."""
     setting = Setting()
     plan = setting.lowered.plan
     theta = sum(p.numel() * 8 for p in setting.model.parameters())
     kept = [moment.kept for moment in plan.timeline if moment.action.startswith("step ")]
-    # The first momentum buffer may share the storage of nothing: every state is θ and momentum.
     assert kept == [2 * theta * j for j in range(T)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -62,6 +63,24 @@ class _View:
     def results(self, role: Role) -> list[fx.Node]:
         return [node for _, node in self.step.outputs_with(role) if node is not None]
 
+    @functools.cached_property
+    def into_loss(self) -> set[fx.Node]:
+        """What reaches the loss."""
+        return sources_of(self.edges, self.results(Role.LOSS))
+
+    @functools.cached_property
+    def into_gradient(self) -> set[fx.Node]:
+        """What reaches an inner gradient."""
+        return sources_of(self.edges, self.results(Role.GRADIENT))
+
+    @functools.cached_property
+    def into_update(self) -> set[fx.Node]:
+        """What reaches the new state other than through an inner gradient."""
+        gradients = set(self.results(Role.GRADIENT))
+        direct = nx.subgraph_view(self.edges, filter_edge=lambda a, b: a not in gradients)
+        state = [node for _, node in self.step.outputs_with(*STATE_ROLES) if node is not None]
+        return sources_of(direct, state)
+
 
 def check_requirements(
     loop: Loop,
@@ -84,9 +103,7 @@ def check_requirements(
     """
     views = tuple(_View(step, dependence(step)) for step in loop.steps)
     outer = _View(val, dependence(val))
-    losses = outer.results(Role.LOSS)
-    reach = sources_of(outer.edges, losses)
-    live = {key for key, node in outer.inputs().items() if node in reach}
+    live = {key for key, node in outer.inputs().items() if node in outer.into_loss}
     requirement_i = _requirement_i(outer, live)
     reached = {key for key in live if key[0] not in STATE_ROLES}
     state = {key for key in live if key[0] in STATE_ROLES}
@@ -217,14 +234,9 @@ def _through(views: Sequence[_View], parameter: MetaParameter, phase: Phase) -> 
         node = view.inputs().get(parameter.key)
         if node is None:
             continue
-        gradients = set(view.results(Role.GRADIENT))
-        if phase is Phase.GRADIENT:
-            if node in sources_of(view.edges, gradients):
-                return Finding(True, "the inner gradient depends on it")
-            continue
-        direct = nx.subgraph_view(view.edges, filter_edge=lambda a, b, g=gradients: a not in g)
-        thetas = [n for _, n in view.step.outputs_with(*STATE_ROLES) if n is not None]
-        if node in sources_of(direct, thetas):
+        if phase is Phase.GRADIENT and node in view.into_gradient:
+            return Finding(True, "the inner gradient depends on it")
+        if phase is Phase.UPDATE and node in view.into_update:
             return Finding(True, "the update depends on it")
     what = "inner gradient" if phase is Phase.GRADIENT else "update"
     return Finding(False, f"the {what} has no differentiable path from it")
@@ -242,7 +254,7 @@ def _path_reason(parameter: MetaParameter, views: Sequence[_View], outer: _View)
         if _through(views, parameter, Phase.GRADIENT).holds:
             ways.append("through the inner gradient")
         node = outer.inputs().get(parameter.key)
-        if node is not None and node in sources_of(outer.edges, outer.results(Role.LOSS)):
+        if node is not None and node in outer.into_loss:
             ways.append("directly in Lval")
     return " and ".join(ways)
 
