@@ -157,7 +157,7 @@ def grid_search(trainer: Trainer, seconds: float) -> Tuned:
         torch.full((count,), lr),
         torch.full((count,), weight_decay),
         time.perf_counter() - begin,
-        f"{side} x {side} trainings",
+        f"{side} × {side} trainings",
     )
 
 
@@ -217,8 +217,8 @@ def loss_of(trainer: Trainer, result: unrollc.Result, batch: Batch) -> float:
 
 def show_scores(methods: dict[str, tuple[Tuned, Scores]], trainings: int) -> None:
     table = Table(title=f"Means of {trainings} fresh trainings, 95 % intervals of accuracy")
-    table.add_column("method")
-    for heading in ("search", "seconds", "val loss", "val accuracy", "test loss", "test accuracy"):
+    table.add_column("method", no_wrap=True)
+    for heading in ("search", "s", "val loss", "val accuracy", "test loss", "test accuracy"):
         table.add_column(heading, justify="right")
     for method, (tuned, scores) in methods.items():
         table.add_row(
@@ -267,10 +267,8 @@ def main(
         "meta-learned": learned,
     }
     console.print(
-        "Cost is wall time: one meta-gradient (100 steps forward, 100 backward) counts as the "
-        "trainings that fit into its seconds."
-        if inner == 100
-        else "Cost is wall time."
+        "Both searches get the same wall time, lowering included; a meta-gradient trains once and "
+        f"goes back through all {inner} steps, a cell of the grid trains once."
     )
     scores = {name: judge(trainer, method, trainings, seed + 1) for name, method in tuned.items()}
     show_scores({name: (tuned[name], scores[name]) for name in tuned}, trainings)

@@ -71,12 +71,27 @@ def declared_functions(recorder: Recorder) -> Iterator[None]:
         return _apply_declared(cls, recorder, args)
 
     _autograd_function.custom_function_call = call
-    _autograd_function._is_setup_context_defined = lambda setup: True
+    _autograd_function._is_setup_context_defined = lambda setup: has_setup(setup) or _OldStyle()
     try:
         yield
     finally:
         _autograd_function.custom_function_call = original
         _autograd_function._is_setup_context_defined = has_setup
+
+
+class _OldStyle:
+    """Answers ``Function.apply`` about a function without ``setup_context``.
+
+    ``apply`` asks twice: first whether to bind the arguments to ``forward`` (no: it takes ctx),
+    then whether to refuse the function under `torch.func` (no, it is captured here).
+    """
+
+    def __init__(self) -> None:
+        self._asked = False
+
+    def __bool__(self) -> bool:
+        before, self._asked = self._asked, True
+        return before
 
 
 class _Declared(Function):

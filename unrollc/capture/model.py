@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import random
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -37,6 +39,7 @@ def capturing(problem: Problem, recorder: Recorder) -> Iterator[None]:
     Fused attention has no double backward and fused recurrent kernels no decomposition, so the
     plain ones are captured. Module attributes that a forward sets are put back.
     """
+    check_hooks(problem)
     fastpath = torch.backends.mha.get_fastpath_enabled()
     fused_recurrent = torch._C._get_mkldnn_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -47,12 +50,39 @@ def capturing(problem: Problem, recorder: Recorder) -> Iterator[None]:
             declared_functions(recorder),
             _attributes_restored(problem),
             torch.enable_grad(),
-            torch.random.fork_rng(devices=[]),
+            _generators_restored(),
         ):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
         torch._C._set_mkldnn_enabled(fused_recurrent)
+
+
+@contextlib.contextmanager
+def _generators_restored() -> Iterator[None]:
+    """Capture draws no numbers from the user's generators: torch's, Python's and NumPy's."""
+    python = random.getstate()
+    numpy: Any = sys.modules.get("numpy")
+    legacy = numpy.random.get_state() if numpy is not None else None
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(python)
+        if legacy is not None:
+            numpy.random.set_state(legacy)
+
+
+def check_hooks(problem: Problem) -> None:
+    """Refuse hooks that `torch.func` cannot run."""
+    names = module_names(problem)
+    for module in (m for root in problem.modules.values() for m in root.modules()):
+        if module._backward_hooks or module._backward_pre_hooks:
+            raise CaptureError(
+                f"module {names[id(module)]!r} has a backward hook",
+                why="module backward hooks cannot be traced",
+                remedy="use tensor.register_hook inside forward, or parameter.register_hook",
+            )
 
 
 @contextlib.contextmanager
@@ -84,6 +114,9 @@ def _refill(container: Any, content: Any) -> None:
         container.update(content)
 
 
+_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
+
+
 class _Substituted(TorchFunctionMode):
     """Puts traced tensors in place of the user's own wherever torch functions receive these.
 
@@ -99,6 +132,8 @@ class _Substituted(TorchFunctionMode):
         def replaced(tensor: Tensor) -> Tensor:
             return self._replacements.get(id(tensor), tensor)
 
+        if func == _DATA:  # torch.func records no stop-gradient for it
+            return replaced(args[0]).detach()
         return func(*map_tensors(replaced, args), **map_tensors(replaced, kwargs or {}))
 
 
@@ -234,16 +269,19 @@ def with_parameter_hooks(
 
 
 @contextlib.contextmanager
-def explained(what: str) -> Iterator[None]:
+def explained(
+    what: str,
+    remedy: str = "see the exception above, which PyTorch or your code raised while it ran on "
+    "traced tensors",
+) -> Iterator[None]:
     """Errors of user code, and of PyTorch inside it, become `CaptureError`s with the line."""
     try:
         yield
-    except UnrollcError:
+    except (UnrollcError, AssertionError):
         raise
     except Exception as error:
         raise CaptureError(
             f"{what} cannot be captured: {type(error).__name__}: {error}",
             where=error_source(error),
-            remedy="see the exception above, which PyTorch or your code raised while it ran on "
-            "traced tensors",
+            remedy=remedy,
         ) from error

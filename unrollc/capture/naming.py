@@ -31,7 +31,9 @@ _RESERVED = frozenset(
         "pytree",
     ]
 )
-_RESERVED_PREFIX = re.compile(r"(op|step|adjoint|noise|validate|constant|draw|accumulate)(_|$)")
+_RESERVED_PREFIX = re.compile(
+    r"(op|step|adjoint|noise|validate|constant|draw|accumulate|adj|new|grad)(_|$)"
+)
 
 
 def identifier(label: str) -> str:

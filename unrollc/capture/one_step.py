@@ -152,6 +152,9 @@ class StepRecording:
             node.meta["counter"] = label in counted and label not in tuned
         graph = assemble(recorder, self.values, outputs, self.names, self.shared.lifted)
         verify_update(graph)
+        for value, gradient in graph.outputs_with(Role.GRADIENT):
+            if gradient is not None:
+                gradient.meta["called"] = f"grad_{value.name}"
         kind = Kind(
             graph=-1,
             before=self.layout,
@@ -225,7 +228,10 @@ class StepRecording:
                 remedy="check that the loss uses the model's prediction, and for detach() or "
                 "no_grad on the way",
             )
-        hooked = with_parameter_hooks(stock.theta, reached)
+        # Each gradient gets a node of its own: a step may change p.grad in place, and several
+        # gradients may be views of one tensor.
+        hooked = {k: g.clone() for k, g in with_parameter_hooks(stock.theta, reached).items()}
+        gradient_nodes = {label: recorder.node_of(g) for label, g in hooked.items()}
         recorder.phase = Phase.UPDATE
         frozen = {
             stock.owners[id(parameter)]
@@ -242,7 +248,7 @@ class StepRecording:
             "state": state,
             "buffers": {label: after[label] for label in stock.buffers},
             "loss": loss,
-            "gradients": hooked,
+            "gradients": gradient_nodes,
             "extra": {k: g for k, g in extra_gradients.items() if not self._is_filled(g)},
             "layout": layout,
         }
@@ -267,8 +273,8 @@ class StepRecording:
         for label, tensor in results["buffers"].items():
             add(Role.BUFFER, label, tensor)
         add(Role.LOSS, "loss", results["loss"])
-        for label, tensor in results["gradients"].items():
-            add(Role.GRADIENT, label, tensor, Role.THETA)
+        for label, node in results["gradients"].items():
+            found.append((Value(Role.GRADIENT, label, self.names(label), Role.THETA), node))
         roles = {value.label: value.role for value in self.values}
         for label, tensor in results["extra"].items():
             add(Role.GRADIENT, label, tensor, roles[label])

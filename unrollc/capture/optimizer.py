@@ -7,6 +7,7 @@ and ``step()`` is called. What the step does in place, functionalization makes p
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -137,6 +138,13 @@ def run_user_update(
     Returns:
         Layout and state tensors after the step.
     """
+    own_step = opt.__dict__.get("step")
+    if own_step is not None and not getattr(own_step, "_wrapped_by_lr_sched", False):
+        raise CaptureError(
+            "the optimizer's step was replaced on the instance",
+            why="capture runs the step of the optimizer's class on a copy",
+            remedy="override step in a subclass of the optimizer",
+        )
     twin = object.__new__(type(opt))
     twin.__dict__.update({k: v for k, v in opt.__dict__.items() if k != "step"})
     traced_owners: dict[int, str] = {}
@@ -213,10 +221,14 @@ class ScalarSlots(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         name = name if name.startswith("__") else name.rstrip("_")
-        if name == "item" and self._is_counter(args[0]):
+        if name == "item" and not _asks_for_number() and self._is_counter(args[0]):
             return args[0].to(torch.float64)
-        if name == "__bool__" and args[0].dtype is not torch.bool:
-            return bool(args[0] != 0)
+        if name == "__bool__":
+            asked = args[0] if args[0].dtype is torch.bool else args[0] != 0
+            return bool(torch.ops.aten._local_scalar_dense.default(asked))
+        if name in ("__float__", "__int__", "__index__"):
+            number = torch.ops.aten._local_scalar_dense.default(args[0])
+            return float(number) if name == "__float__" else int(number)
         rewrite = _SLOTS.get(name)
         if rewrite is not None and any(isinstance(kwargs.get(s), Tensor) for s in _SLOT_NAMES):
             in_place = getattr(func, "__name__", "").endswith("_")
@@ -246,6 +258,11 @@ class ScalarSlots(TorchFunctionMode):
                 return True
             stack.extend(current.all_input_nodes)
         return False
+
+
+def _asks_for_number() -> bool:
+    """Whether ``.item()`` is called by ``bool(tensor)`` and the like, which need a number."""
+    return sys._getframe(2).f_code.co_name in ("__bool__", "__float__", "__int__", "__index__")
 
 
 def _same_dtype_weight(args: Any, kwargs: Any) -> Any:

@@ -75,10 +75,17 @@ class Problem:
         """The modules whose tensors are captured, by the prefix of their labels."""
         found = {"": self.model}
         if isinstance(self.loss, nn.Module):
-            found["loss."] = self.loss
+            found[self._prefix("loss")] = self.loss
         if isinstance(self.val_loss, nn.Module) and self.val_loss is not self.loss:
-            found["val_loss."] = self.val_loss
+            found[self._prefix("val_loss")] = self.val_loss
         return found
+
+    def _prefix(self, name: str) -> str:
+        """``loss.``, with underscores behind the name where the model has such a child."""
+        children = {child for child, _ in self.model.named_children()}
+        while name in children:
+            name += "_"
+        return f"{name}."
 
 
 @dataclass(frozen=True)
@@ -183,42 +190,3 @@ def read_hyper(opt: torch.optim.Optimizer) -> dict[str, Tensor | PerStep]:
                         )
                     found[label] = leaf
     return found
-
-
-_SIMPLE = (bool, int, float, str, type(None), torch.dtype, torch.device)
-
-
-def fingerprint(problem: Problem) -> tuple[Any, ...]:
-    """What the captured code depends on besides tensors: module attributes, modes, hooks, closures.
-
-    A changed dropout probability, a switched training flag or a rebound closure variable lowers
-    again; values that live in globals or inside containers are beyond it.
-    """
-    parts: list[Any] = []
-    for prefix, module in problem.modules.items():
-        for name, child in module.named_modules():
-            plain = tuple(
-                (key, value)
-                for key, value in vars(child).items()
-                if isinstance(value, _SIMPLE) or _is_plain_tuple(value)
-            )
-            hooks = (len(child._forward_hooks), len(child._forward_pre_hooks))
-            parts.append((prefix + name, type(child), plain, hooks))
-    for loss in (problem.loss, problem.val_loss):
-        fn = loss.fn if isinstance(loss, Objective) else loss
-        parts.append(
-            (id(fn), tuple(_cell(cell) for cell in getattr(fn, "__closure__", None) or ()))
-        )
-    return tuple(parts)
-
-
-def _is_plain_tuple(value: Any) -> bool:
-    return isinstance(value, tuple) and all(isinstance(item, _SIMPLE) for item in value)
-
-
-def _cell(cell: Any) -> Any:
-    try:
-        content = cell.cell_contents
-    except ValueError:
-        return None
-    return content if isinstance(content, _SIMPLE) else id(content)

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from unrollc.capture.noise import as_noise
 from unrollc.capture.source import SourceFinder
 from unrollc.errors import CaptureError, Source
-from unrollc.step import Noise, Phase, placeholder
+from unrollc.step import ATTACH, Noise, Phase, placeholder
 
 aten = torch.ops.aten
 
@@ -151,6 +151,9 @@ class Recorder(TorchDispatchMode):
         if func in (aten.lift_fresh.default, aten.lift_fresh_copy.default):
             return self._constant(args[0])
         args, kwargs = map_tensors(self._known, (args, kwargs))
+        if func is aten.as_strided_scatter.default:
+            with self:
+                return scatter_strided(*args, **kwargs)
         if torch.Tag.nondeterministic_seeded in func.tags:
             return self._draw(func, args, kwargs)
         with self.fake_mode:
@@ -164,10 +167,10 @@ class Recorder(TorchDispatchMode):
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
     ) -> fx.Node:
         source = self._line()
-        if (same := self._transparent(func, args, result)) is not None:
+        stop = self.stops_gradient()
+        if not stop and (same := self._transparent(func, args, result)) is not None:
             self._remember(result, same)
             return same
-        stop = self._stops_gradient()
 
         def reference(tensor: Tensor) -> fx.Node:
             node = self._nodes[id(tensor)]
@@ -263,8 +266,6 @@ class Recorder(TorchDispatchMode):
 
     def _follow(self, node: fx.Node, func: Any, args: Any, kwargs: Any) -> None:
         """Compute `node` on concrete values as well, where all its inputs have one."""
-        if not self.concrete:
-            return
         tensors = _tensors_in((args, kwargs))
         if not all(self._nodes[id(tensor)] in self.concrete for tensor in tensors):
             return
@@ -326,7 +327,7 @@ class Recorder(TorchDispatchMode):
         self._lines[torch.autograd._get_sequence_nr() - 1] = source
         return source
 
-    def _stops_gradient(self) -> bool:
+    def stops_gradient(self) -> bool:
         """Whether the user's ``no_grad`` is on in forward or loss: a stop-gradient."""
         return (
             self.phase in (Phase.FORWARD, Phase.LOSS)
@@ -346,6 +347,20 @@ class Recorder(TorchDispatchMode):
             self._stopped[node] = stop
         return stop
 
+    def keep_history(self, target: Tensor, before: fx.Node | None) -> None:
+        """After an in-place op under ``no_grad``: the new value has the old one's derivative.
+
+        Autograd does not see the op, so the tensor keeps its history.
+        """
+        after = self.node_of(target)
+        if before is None or after is None or after is before or after not in self._stopped:
+            return
+        source = self._line()
+        history = self._after_stop(before, source)
+        kept = self.graph.call_function(ATTACH, (after, history))
+        kept.meta.update(phase=self.phase, source=source, val=after.meta["val"])
+        self._stopped[after] = kept
+
     @contextlib.contextmanager
     def declared(self) -> Iterator[None]:
         """Ops inside are part of a derivative that the user declares, not stopped ones."""
@@ -364,13 +379,41 @@ class _RecordedFunctionalization(FunctionalTensorMode):
         self._recorder = recorder
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        with self._recorder:
+        if func is aten._linalg_check_errors.default:
+            return None  # reads an error code; there is none at capture
+        recorder = self._recorder
+        if func._schema.is_mutable and args and recorder.stops_gradient():
+            before = recorder.node_of(args[0])
+            with recorder:
+                result = super().__torch_dispatch__(func, types, args, kwargs)
+                recorder.keep_history(args[0], before)
+            return result
+        with recorder:
             return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 def _from_functional(tensor: FunctionalTensor) -> Tensor:
     torch._sync(tensor)  # type: ignore[attr-defined, no-untyped-call]
     return torch._from_functional_tensor(tensor.elem)
+
+
+def scatter_strided(
+    x: Tensor, source: Tensor, size: Any, stride: Any, offset: int | None = None
+) -> Tensor:
+    """``as_strided_scatter`` by a flat ``scatter``.
+
+    In-place writes into views end in this op, and PyTorch's derivative of it is wrong in both
+    modes (seen on 2.13: the cotangents of target and source are exchanged).
+    """
+    if not x.is_contiguous():
+        raise CaptureError(
+            "an in-place write into a view of a tensor that is not contiguous",
+            why="its derivative is not known to be right",
+            remedy="write into a contiguous tensor, or use torch.where, torch.cat or scatter",
+        )
+    positions = torch.arange(x.numel(), device=x.device)
+    chosen = positions.as_strided(size, stride, offset or 0)
+    return x.reshape(-1).scatter(0, chosen.reshape(-1), source.reshape(-1)).reshape(x.shape)
 
 
 def map_tensors(change: Callable[[Tensor], Any], value: Any) -> Any:

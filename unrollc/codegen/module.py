@@ -241,7 +241,7 @@ class _Module:
         if name == "validate":
             steps = sorted(self.pieces.per_step & set(self.pieces.wanted))
             entries = ", ".join(f"{literal(label, {})}: [None] * STEPS" for label in steps)
-            head = [f"totals = {{{entries}}}", *(["cotangents = ()"] if not state else [])]
+            head = [f"totals = {{{entries}}}", *(["cotangents = []"] if not state else [])]
         return [
             *head,
             *noise,
@@ -259,7 +259,7 @@ class _Module:
             "",
             "    Args:",
             "        inputs, seed: As given to `adapt`.",
-            "        kept, cotangents, totals: As returned by `adapt`; `kept` is emptied.",
+            "        kept, cotangents, totals: As returned by `adapt`; they are emptied.",
             "",
             "    Returns:",
             "        Meta-gradients by label.",
@@ -267,7 +267,10 @@ class _Module:
         ]
         lines += [f"    {line}" for line in self._unpack(a.graph for a in pieces.adjoints)]
         copied = "{k: list(v) if isinstance(v, list) else v for k, v in totals.items()}"
-        lines.append(f"    totals = {copied}")
+        lines.append(f"    totals, given = {copied}, totals")
+        lines.append("    given.clear()")
+        lines.append("    cotangents, given = list(cotangents), cotangents")
+        lines.append("    given.clear()")
         body = render_schedule(pieces.schedule.backward, self._reverse)
         lines += [f"    {line}" for line in body]
         lines += [f"    {line}" for line in self._results()]

@@ -43,7 +43,7 @@ def name_values(step: StepGraph, reserved: Iterable[str]) -> dict[fx.Node, str]:
             names[node] = claim(_PREFIX.get(value.role, "") + value.name)
     for node in step.graph.nodes:
         if node.op == "call_function" and node not in names:
-            names[node] = claim(_describe(node))
+            names[node] = claim(node.meta.get("called") or _describe(node))
     return names
 
 

@@ -45,7 +45,7 @@ def _batch_norm(
 ) -> tuple[Tensor, ...]:
     """Batch norm by ops that have a derivative; running statistics carry none, as in PyTorch."""
     if not training:
-        out = aten.native_batch_norm.default(x, weight, bias, mean, variance, False, momentum, eps)
+        out = _batch_norm_fixed(x, weight, bias, mean, variance, momentum, eps)
         return (*out, mean, variance)
     out = aten._native_batch_norm_legit.no_stats(x, weight, bias, True, momentum, eps)
     with torch.no_grad():
@@ -53,6 +53,39 @@ def _batch_norm(
             x, weight, bias, mean, variance, True, momentum, eps
         )
     return (*out, updated[3], updated[4])
+
+
+def _batch_norm_fixed(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    variance: Tensor,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, ...]:
+    """Batch norm by running statistics, which are constants to autograd."""
+    return aten._native_batch_norm_legit_no_training.default(  # type: ignore[no-any-return]
+        x, weight, bias, mean.detach(), variance.detach(), momentum, eps
+    )
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
+    """Weight normalisation by ops whose second derivative is right.
+
+    PyTorch's formula for the fused op forgets the norms' own derivative.
+    """
+    others = [axis for axis in range(v.dim()) if axis != dim % v.dim()]
+    norms = v.square().sum(others, keepdim=True).sqrt()
+    return v * (g / norms), norms
+
+
+def _weight_norm_backward(
+    grad: Tensor, v: Tensor, g: Tensor, norms: Tensor, dim: int
+) -> tuple[Tensor, Tensor]:
+    others = [axis for axis in range(v.dim()) if axis != dim % v.dim()]
+    along = (grad * v).sum(others, keepdim=True)
+    return g / norms * (grad - v * along / norms.square()), along / norms
 
 
 def _copy(destination: Tensor, source: Tensor) -> Tensor:
@@ -65,6 +98,9 @@ _EQUIVALENTS: dict[Any, Callable[..., Any]] = {
     ATTACH: _Attach.apply,
     aten.copy.default: _copy,
     aten._native_batch_norm_legit_functional.default: _batch_norm,
+    aten._native_batch_norm_legit_no_training.default: _batch_norm_fixed,
+    aten._weight_norm_interface.default: _weight_norm,
+    aten._weight_norm_interface_backward.default: _weight_norm_backward,
 }
 
 

@@ -45,6 +45,8 @@ def remove_identities(graph: fx.Graph) -> bool:
             continue
         replacement = _identity(node)
         if replacement is not None:
+            if "called" in node.meta:
+                replacement.meta.setdefault("called", node.meta["called"])
             node.replace_all_uses_with(replacement)
             graph.erase_node(node)
             changed = True
@@ -124,7 +126,9 @@ def propagate_zeros(graph: fx.Graph) -> bool:
         if node.target in (aten.add.Tensor, aten.sub.Tensor) and len(args) == 2:
             other = args[1] if args[0] is zeros[0] else args[0]
             subtracted = node.target is aten.sub.Tensor and args[0] is zeros[0]
-            if isinstance(other, fx.Node) and not subtracted and _alike(node, other):
+            scaled = args[0] is zeros[0] and bool(node.kwargs)  # alpha belongs to args[1]
+            plain = not subtracted and not scaled
+            if isinstance(other, fx.Node) and plain and _alike(node, other):
                 node.replace_all_uses_with(other)
                 graph.erase_node(node)
                 changed = True

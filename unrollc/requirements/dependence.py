@@ -24,6 +24,8 @@ _CUTTING: dict[str, str] = {
     "floor": "the derivative of floor is zero everywhere it exists",
     "ceil": "the derivative of ceil is zero everywhere it exists",
     "trunc": "the derivative of trunc is zero everywhere it exists",
+    "floor_divide": "the derivative of floor_divide is zero everywhere it exists",
+    "heaviside": "the derivative of heaviside is zero everywhere it exists",
     "zeros_like": "only the shape is used",
     "ones_like": "only the shape is used",
     "full_like": "only the shape is used",
@@ -56,6 +58,8 @@ def _cut(node: fx.Node) -> str | None:
     name = target._schema.name.split("::")[-1]
     if name in _CUTTING:
         return _CUTTING[name]
+    if name == "div" and node.kwargs.get("rounding_mode") is not None:
+        return "the derivative of a rounded quotient is zero everywhere it exists"
     results = node.meta["val"]
     parts = results if isinstance(results, tuple | list) else (results,)
     if not any(_is_smooth(part) for part in parts):

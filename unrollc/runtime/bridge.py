@@ -33,19 +33,29 @@ class Run:
     state: tuple[Tensor, ...] = ()
     inner_losses: Tensor | None = None
     kept: dict[int, Any] = field(default_factory=dict)
-    cotangents: tuple[Tensor, ...] = ()
+    cotangents: list[Tensor] = field(default_factory=list)
     totals: dict[str, Any] = field(default_factory=dict)
 
     def adapt(self) -> Tensor:
+        with torch.autocast(self.device, enabled=False):
+            return self._adapt()
+
+    @property
+    def device(self) -> str:
+        """Type of the device that the run uses."""
+        first: Tensor = pytree.tree_leaves(dict(self.inputs))[0]
+        return first.device.type
+
+    def _adapt(self) -> Tensor:
         loss, self.state, self.inner_losses, self.kept, cotangents, self.totals = self.module.adapt(
             self.inputs, self.seed
         )
-        self.cotangents = tuple(cotangents)
+        self.cotangents = list(cotangents)
         return loss  # type: ignore[no-any-return]
 
     def forget(self) -> None:
         """Drop what only a backward pass needs."""
-        self.kept, self.cotangents, self.totals = {}, (), {}
+        self.kept, self.cotangents, self.totals = {}, [], {}
 
 
 class MetaLoop(torch.autograd.Function):
@@ -57,6 +67,7 @@ class MetaLoop(torch.autograd.Function):
         loss = run.adapt()
         ctx.save_for_backward(*tensors)
         ctx.spec, ctx.module, ctx.seed, ctx.wanted = spec, run.module, run.seed, run.wanted
+        ctx.device = run.device
         ctx.kept, ctx.cotangents, ctx.totals = run.kept, run.cotangents, run.totals
         run.forget()
         return loss
@@ -65,12 +76,13 @@ class MetaLoop(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         inputs = pytree.tree_unflatten(ctx.saved_tensors, ctx.spec)
-        kept, cotangents, totals = ctx.kept, ctx.cotangents, ctx.totals
         if torch._C._autograd._get_current_graph_task_keep_graph():
-            kept = dict(kept)
-        else:  # the states are freed one by one while the backward pass goes on
+            handed = dict(ctx.kept), list(ctx.cotangents), dict(ctx.totals)
+        else:  # the generated program empties what it gets, state by state
+            handed = ctx.kept, ctx.cotangents, ctx.totals
             ctx.kept = ctx.cotangents = ctx.totals = None
-        gradients = ctx.module.backward(inputs, ctx.seed, kept, cotangents, totals)
+        with torch.autocast(ctx.device, enabled=False):
+            gradients = ctx.module.backward(inputs, ctx.seed, *handed)
         flat: list[Tensor | None] = [None]
         for label in ctx.wanted:
             value = gradients.get(label)

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from unrollc.capture.assemble import assemble_graph
 from unrollc.capture.batches import Batches
 from unrollc.capture.loop import Loop, capture_loop
+from unrollc.capture.model import explained
 from unrollc.capture.naming import Names
 from unrollc.capture.problem import PerStep, Problem, Stock
 from unrollc.capture.validation import capture_val
@@ -42,6 +43,7 @@ class Lowered:
         plan: The memory plan; ``plan.peak_bytes``, ``plan.schedule``, ``plan.timeline``.
         generated: The generated module.
         meta: The meta-parameters.
+        lifted_require: Which tensors from closures required grad.
     """
 
     requirements: Requirements
@@ -51,6 +53,7 @@ class Lowered:
     plan: MemoryPlan
     generated: GeneratedCode
     meta: tuple[MetaParameter, ...]
+    lifted_require: tuple[bool, ...]
 
     @property
     def step(self) -> StepGraph:
@@ -139,12 +142,28 @@ def lower(
         meta = [m for m in meta if m.requested]
     else:
         meta = []
-    pieces = _pieces(loop, val_graph, meta, options, stock, train)
+    with explained("the derivative of the captured step", _UNDIFFERENTIABLE):
+        pieces = _pieces(loop, val_graph, meta, options, stock, train)
     if differentiate:
         requirements = _confirmed(requirements, pieces)
         requirements.raise_for_failure()
     plan = plan_memory(pieces)
-    return Lowered(requirements, loop, val_graph, pieces, plan, generate(pieces, plan), tuple(meta))
+    return Lowered(
+        requirements=requirements,
+        loop=loop,
+        val=val_graph,
+        pieces=pieces,
+        plan=plan,
+        generated=generate(pieces, plan),
+        meta=tuple(meta),
+        lifted_require=tuple(tensor.requires_grad for tensor in lifted.values()),
+    )
+
+
+_UNDIFFERENTIABLE = (
+    "an op on the way has no (second) derivative in PyTorch; replace it by ops that have one, or "
+    "leave the meta-parameters that need it out of meta="
+)
 
 
 def _check_devices(stock: Stock, train: Batches, val: Batches) -> None:

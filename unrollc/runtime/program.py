@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from unrollc.capture.batches import Batches, read_train, read_val
+from unrollc.capture.fingerprint import Fingerprint
 from unrollc.capture.loop import known_scalars
 from unrollc.capture.optimizer import Leaf
 from unrollc.capture.problem import (
@@ -17,7 +18,6 @@ from unrollc.capture.problem import (
     PerStep,
     Problem,
     Stock,
-    fingerprint,
     take_stock,
 )
 from unrollc.errors import NonFiniteError
@@ -37,6 +37,7 @@ class Program:
         self._problem = problem
         self._options = options
         self._cache: dict[Any, list[tuple[Lowered, ModuleType]]] = {}
+        self._pinned: dict[Any, list[Any]] = {}
 
     def __call__(self, train: Any, val: Any) -> Result:
         """Adapt on `train`, evaluate on `val`.
@@ -99,6 +100,10 @@ class Program:
         )
         return requirements
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles lower again."""
+        return {**self.__dict__, "_cache": {}, "_pinned": {}}
+
     # -- lowering and its cache -----------------------------------------------------------------
 
     def _read(self, train: Any, val: Any) -> tuple[Stock, Batches, Batches]:
@@ -111,18 +116,27 @@ class Program:
     def _lowered(
         self, stock: Stock, train: Batches, val: Batches, differentiate: bool
     ) -> tuple[Lowered, ModuleType]:
+        fingerprint = Fingerprint()
         key = (
             differentiate,
-            fingerprint(self._problem),
+            fingerprint.of_problem(self._problem),
             _signature(stock),
             train.signature(),
             val.signature(),
             torch.get_default_dtype(),
+            _autocast(stock),
         )
-        variants = self._cache.setdefault(key, [])
+        variants = self._cache.pop(key, [])
+        self._pinned.setdefault(key, fingerprint.pinned)
+        self._cache[key] = variants  # most recently used last
+        while len(self._cache) > _MOST_CACHED:
+            oldest = next(iter(self._cache))
+            del self._cache[oldest], self._pinned[oldest]
         scalars = known_scalars(stock)
         for lowered, module in variants:
-            if lowered.loop.holds(scalars):
+            lifted = lowered.loop.lifted.values()
+            same = lowered.lifted_require == tuple(t.requires_grad for t in lifted)
+            if same and lowered.loop.holds(scalars):
                 return lowered, module
         with torch.inference_mode(False):
             lowered = lower(
@@ -177,14 +191,25 @@ class Program:
             self._problem.opt.state[by_label.get(owner, owner)] = own
 
 
+#: Lowered programs that are kept; the least recently used goes first.
+_MOST_CACHED = 64
+
+
+def _autocast(stock: Stock) -> tuple[Any, ...]:
+    """Autocast changes what user code computes, so it is part of a program's key."""
+    kind = next(iter(stock.theta.values())).device.type
+    if not torch.is_autocast_enabled(kind):
+        return (False,)
+    return (True, torch.get_autocast_dtype(kind))
+
+
 def _signature(stock: Stock) -> Any:
     def described(tensors: dict[str, Any]) -> tuple[Any, ...]:
         rows = []
         for label, value in tensors.items():
             t = value.per_step if isinstance(value, PerStep) else value
             row = (label, tuple(t.shape), t.dtype, t.device, t.requires_grad)
-            hooks = len(t._backward_hooks) if t._backward_hooks and t.is_leaf else 0
-            rows.append((*row, isinstance(value, PerStep), hooks))
+            rows.append((*row, isinstance(value, PerStep)))
         return tuple(rows)
 
     groups = (stock.theta, stock.context, stock.buffers, stock.hyper, stock.opt_state)
