@@ -27,8 +27,9 @@ import unrollc
 
 START_LR = 1e-3  # PyTorch's default
 START_WEIGHT_DECAY = 1e-4
-LR_RANGE = (1e-4, 1.0)  # of the grid
-WEIGHT_DECAY_RANGE = (1e-6, 1.0)
+LR_RANGE = (1e-4, 1e-1)  # of the grid
+WEIGHT_DECAY_RANGE = (1e-6, 1e-2)
+REPEATS = 3  # trainings in a cell: by one alone the grid would pick a lucky cell
 OUTER_LR = 0.3  # in units of log learning rate
 
 
@@ -133,7 +134,7 @@ def meta_learn(trainer: Trainer, steps: int) -> Tuned:
         log_lrs.exp().detach(),
         log_weight_decays.exp().detach(),
         time.perf_counter() - begin,
-        f"{steps} meta-gradients",
+        f"{steps} gradients",
     )
 
 
@@ -147,29 +148,29 @@ def grid_search(trainer: Trainer, seconds: float) -> Tuned:
     begin = time.perf_counter()
     with progress("grid search", len(cells)) as advance, torch.no_grad():
         for lr, weight_decay in cells:
-            losses.append(uniform_run(trainer, lr, weight_decay))
-            finite = [loss for loss in losses if math.isfinite(loss)]
-            advance(f"best validation loss {min(finite, default=math.nan):.3f}")
-    ranked = [loss if math.isfinite(loss) else math.inf for loss in losses]
-    lr, weight_decay = cells[ranked.index(min(ranked))]
+            loss = sum(uniform_run(trainer, lr, weight_decay) for _ in range(REPEATS)) / REPEATS
+            losses.append(loss if math.isfinite(loss) else math.inf)
+            advance(f"best validation loss {min(losses):.3f}")
+    lr, weight_decay = cells[losses.index(min(losses))]
     count = len(trainer.names)
     return Tuned(
         torch.full((count,), lr),
         torch.full((count,), weight_decay),
         time.perf_counter() - begin,
-        f"{side} × {side} trainings",
+        f"{side} × {side} cells",
     )
 
 
 def affordable_side(trainer: Trainer, seconds: float) -> int:
-    """How many trainings fit, by the clock, as the side of a square grid (at least 2)."""
+    """Of the square grid (at least 2) whose trainings fit, by the clock."""
     trials = 5
     with torch.no_grad():
         uniform_run(trainer, START_LR, START_WEIGHT_DECAY)  # lowers the program without gradients
         begin = time.perf_counter()
         for _ in range(trials):
             uniform_run(trainer, START_LR, START_WEIGHT_DECAY)
-    return max(2, round(math.sqrt(seconds * trials / (time.perf_counter() - begin))))
+    cell = REPEATS * (time.perf_counter() - begin) / trials
+    return max(2, round(math.sqrt(seconds / cell)))
 
 
 def uniform_run(trainer: Trainer, lr: float, weight_decay: float) -> float:
@@ -268,7 +269,7 @@ def main(
     }
     console.print(
         "Both searches get the same wall time, lowering included; a meta-gradient trains once and "
-        f"goes back through all {inner} steps, a cell of the grid trains once."
+        f"goes back through all {inner} steps, a cell of the grid trains {REPEATS} times."
     )
     scores = {name: judge(trainer, method, trainings, seed + 1) for name, method in tuned.items()}
     show_scores({name: (tuned[name], scores[name]) for name in tuned}, trainings)

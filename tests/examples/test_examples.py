@@ -81,8 +81,8 @@ def test_maml_names_the_wrong_folder(tmp_path: Path) -> None:
 
 def test_hyperparameters(tmp_path: Path) -> None:
     output = succeed("hyperparameters.py", "--quick", cwd=tmp_path)
-    assert "3 meta-gradients" in output
-    assert re.search(r"\d+ × \d+ trainings", output)
+    assert "3 gradients" in output
+    assert re.search(r"\d+ × \d+ cells", output)
     rows = dict(re.findall(r"(untuned|grid search|meta-learned)\s+│(.+)", output))
     assert set(rows) == {"untuned", "grid search", "meta-learned"}
     assert "8.weight" in output and "wall time" in output

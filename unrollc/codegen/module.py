@@ -265,7 +265,9 @@ class _Module:
             "        Meta-gradients by label.",
             '    """',
         ]
-        lines += [f"    {line}" for line in self._unpack(a.graph for a in pieces.adjoints)]
+        again = pieces.steps if pieces.schedule.recomputed else ()
+        used = [*(adjoint.graph for adjoint in pieces.adjoints), *again]
+        lines += [f"    {line}" for line in self._unpack(used)]
         copied = "{k: list(v) if isinstance(v, list) else v for k, v in totals.items()}"
         lines.append(f"    totals, given = {copied}, totals")
         lines.append("    given.clear()")
@@ -287,6 +289,12 @@ class _Module:
                 return [*self._collect(f"adjoint_{index}", graph, number, ""), "del state"]
             case Drop():
                 return [f"del kept[{number}]"]
+            case Keep():
+                return [f"kept[{number}] = state"]
+            case Advance(step):  # run again: its inner loss is known already
+                index = self.pieces.sequence[step]
+                *noise, call = self._call(f"step_{index}", self.pieces.steps[index], number)
+                return [*noise, f"*state, loss = {call}", f"del {'noise, ' if noise else ''}loss"]
         raise AssertionError(f"{action} is not part of a backward pass")
 
     def _results(self) -> list[str]:

@@ -149,6 +149,7 @@ class _Run:
         self.cotangents: list[_Storage] = []
         self.losses: list[_Storage] = []
         self.totals: dict[str, list[_Storage]] = {}
+        self.validated = False
 
     def execute(self, action: object) -> None:
         match action:
@@ -165,9 +166,10 @@ class _Run:
             case Advance(step):
                 graph = self.pieces.steps[self.pieces.sequence[step]]
                 results = self._call(f"step {step}", graph, self.state)
-                losses = self._of(graph, results, Role.LOSS)
-                self.held.hold(losses)
-                self.losses += losses
+                if not self.validated:  # a step that runs again hands out its loss to nobody
+                    losses = self._of(graph, results, Role.LOSS)
+                    self.held.hold(losses)
+                    self.losses += losses
                 self._replace_state(self._of(graph, results, *STATE_ROLES))
             case Validate():
                 self._validate()
@@ -187,6 +189,7 @@ class _Run:
         self.state = state
 
     def _validate(self) -> None:
+        self.validated = True
         pieces = self.pieces
         graph = pieces.val_gradient or pieces.val
         total = sum(size for _, size in filter(None, self.losses))
