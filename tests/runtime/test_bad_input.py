@@ -446,3 +446,10 @@ def test_good_input_raises_nothing(setting: Setting) -> None:
     program = unrollc.compile(model, opt, F.cross_entropy, debug=True)
     assert torch.isfinite(program(train, unstack(train)[0]).loss)
     assert inspect.getsourcefile(Branching) == models.__file__
+
+
+def test_an_optimizer_that_needs_a_closure(setting: Setting) -> None:
+    model = MLP()
+    program = unrollc.compile(model, torch.optim.LBFGS(model.parameters()), F.cross_entropy)
+    with pytest.raises(unrollc.CaptureError, match="LBFGS.step needs a closure"):
+        program((X, Y), BATCH)

@@ -39,7 +39,7 @@ class Cut:
 
     labels: tuple[str, ...]
     source: Source | None
-    reason: str = "its value is turned into a Python number, which cuts Requirement III(a)"
+    reason: str = "its value is turned into a Python number, which cuts its gradient"
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ and ``step()`` is called. What the step does in place, functionalization makes p
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections import defaultdict
 from collections.abc import Mapping
@@ -144,6 +145,13 @@ def run_user_update(
             "the optimizer's step was replaced on the instance",
             why="capture runs the step of the optimizer's class on a copy",
             remedy="override step in a subclass of the optimizer",
+        )
+    closure = inspect.signature(type(opt).step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise CaptureError(
+            f"{type(opt).__name__}.step needs a closure",
+            why="it evaluates the loss several times within one step",
+            remedy="use an optimizer whose step takes one gradient",
         )
     twin = object.__new__(type(opt))
     twin.__dict__.update({k: v for k, v in opt.__dict__.items() if k != "step"})
