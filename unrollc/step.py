@@ -264,18 +264,6 @@ def print_graph(step: StepGraph) -> str:
     return "\n".join(lines)
 
 
-def users_closure(nodes: list[fx.Node]) -> set[fx.Node]:
-    """Every node that depends on one of `nodes`, these included."""
-    seen: set[fx.Node] = set()
-    stack = list(nodes)
-    while stack:
-        node = stack.pop()
-        if node not in seen:
-            seen.add(node)
-            stack.extend(node.users)
-    return seen
-
-
 def iterate_calls(step: StepGraph) -> Iterator[fx.Node]:
     """The op nodes in order of execution, tuple projections left out."""
     for node in step.graph.nodes:

@@ -451,5 +451,5 @@ def test_good_input_raises_nothing(setting: Setting) -> None:
 def test_an_optimizer_that_needs_a_closure(setting: Setting) -> None:
     model = MLP()
     program = unrollc.compile(model, torch.optim.LBFGS(model.parameters()), F.cross_entropy)
-    with pytest.raises(unrollc.CaptureError, match="LBFGS.step needs a closure"):
+    with pytest.raises(unrollc.CaptureError, match=r"LBFGS\.step needs a closure"):
         program((X, Y), BATCH)

@@ -16,8 +16,9 @@ from torch.overrides import TorchFunctionMode
 
 from unrollc.capture.batches import as_arguments
 from unrollc.capture.functions import declared_functions
+from unrollc.capture.nests import map_tensors
 from unrollc.capture.problem import Loss, Objective, Problem, Stock
-from unrollc.capture.record import Recorder, map_tensors
+from unrollc.capture.record import Recorder
 from unrollc.capture.source import error_source
 from unrollc.errors import CaptureError, UnrollcError
 from unrollc.step import Phase

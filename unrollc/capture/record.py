@@ -21,8 +21,10 @@ from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTens
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from unrollc.capture.nests import map_tensors, tensors_in
 from unrollc.capture.noise import as_noise
 from unrollc.capture.source import SourceFinder
+from unrollc.capture.strided import scatter_strided
 from unrollc.errors import CaptureError, Source
 from unrollc.step import ATTACH, Noise, Phase, placeholder
 
@@ -158,7 +160,7 @@ class Recorder(TorchDispatchMode):
             return self._draw(func, args, kwargs)
         with self.fake_mode:
             result = func(*args, **kwargs)
-        if not isinstance(result, Tensor) and not _tensors_in(result):
+        if not isinstance(result, Tensor) and not tensors_in(result):
             return result
         self._write(func, args, kwargs, result)
         return result
@@ -266,10 +268,10 @@ class Recorder(TorchDispatchMode):
 
     def _follow(self, node: fx.Node, func: Any, args: Any, kwargs: Any) -> None:
         """Compute `node` on concrete values as well, where all its inputs have one."""
-        tensors = _tensors_in((args, kwargs))
+        tensors = tensors_in((args, kwargs))
         if not all(self._nodes[id(tensor)] in self.concrete for tensor in tensors):
             return
-        results = _tensors_in(node.meta["val"])
+        results = tensors_in(node.meta["val"])
         if any(x.numel() > _CONCRETE_NUMEL for x in results):
             return
         if not tensors and any(x.dim() for x in results):
@@ -395,41 +397,3 @@ class _RecordedFunctionalization(FunctionalTensorMode):
 def _from_functional(tensor: FunctionalTensor) -> Tensor:
     torch._sync(tensor)  # type: ignore[attr-defined, no-untyped-call]
     return torch._from_functional_tensor(tensor.elem)
-
-
-def scatter_strided(
-    x: Tensor, source: Tensor, size: Any, stride: Any, offset: int | None = None
-) -> Tensor:
-    """``as_strided_scatter`` by a flat ``scatter``.
-
-    In-place writes into views end in this op, and PyTorch's derivative of it is wrong in both
-    modes (seen on 2.13: the cotangents of target and source are exchanged).
-    """
-    if not x.is_contiguous():
-        raise CaptureError(
-            "an in-place write into a view of a tensor that is not contiguous",
-            why="its derivative is not known to be right",
-            remedy="write into a contiguous tensor, or use torch.where, torch.cat or scatter",
-        )
-    positions = torch.arange(x.numel(), device=x.device)
-    chosen = positions.as_strided(size, stride, offset or 0)
-    return x.reshape(-1).scatter(0, chosen.reshape(-1), source.reshape(-1)).reshape(x.shape)
-
-
-def map_tensors(change: Callable[[Tensor], Any], value: Any) -> Any:
-    """`value`, a nest of tuples, lists and dictionaries, with its tensors replaced."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, tuple):
-        return tuple(map_tensors(change, item) for item in value)
-    if isinstance(value, list):
-        return [map_tensors(change, item) for item in value]
-    if isinstance(value, dict):
-        return {key: map_tensors(change, item) for key, item in value.items()}
-    return value
-
-
-def _tensors_in(value: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    map_tensors(found.append, value)
-    return found

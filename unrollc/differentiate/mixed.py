@@ -24,7 +24,7 @@ from unrollc.differentiate.adjoint import (
     differentiable_inputs,
     finish,
 )
-from unrollc.differentiate.replay import _EQUIVALENTS, Replay, calls, is_projection, new_recorder
+from unrollc.differentiate.replay import _EQUIVALENTS, Replay, calls, is_projection, start
 from unrollc.differentiate.reverse import vector_jacobian
 from unrollc.step import STATE_ROLES, Phase, Role, StepGraph
 
@@ -44,11 +44,7 @@ def mixed_adjoint(step: StepGraph, wanted: frozenset[Key], live: frozenset[Key])
     Raises:
         NoForwardFormulaError: If an op on the way has no forward-mode derivative.
     """
-    recorder = new_recorder(step)
-    inputs = [
-        recorder.input(v.name, n.meta["val"])
-        for v, n in zip(step.inputs, step.placeholders, strict=True)
-    ]
+    recorder, inputs = start(step)
     cot_values, cot_tensors, cot_nodes = cotangent_inputs(step, live, recorder)
     targets = differentiable_inputs(step, wanted)
     gradients = {v.label: n for v, n in step.outputs_with(Role.GRADIENT) if n is not None}

@@ -142,9 +142,11 @@ class Replay:
         return target(*args, **kwargs)
 
 
-def new_recorder(step: StepGraph) -> Recorder:
-    """A recorder on the fake mode of `step`'s own fake tensors."""
-    return Recorder(SourceFinder({}))
+def start(step: StepGraph) -> tuple[Recorder, list[Tensor]]:
+    """A fresh recorder with the inputs of `step`."""
+    recorder = Recorder(SourceFinder({}))
+    pairs = zip(step.inputs, step.placeholders, strict=True)
+    return recorder, [recorder.input(value.name, node.meta["val"]) for value, node in pairs]
 
 
 def calls(step: StepGraph, *phases: Phase) -> list[fx.Node]:

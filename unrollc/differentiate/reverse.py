@@ -14,7 +14,7 @@ from unrollc.differentiate.adjoint import (
     differentiable_inputs,
     finish,
 )
-from unrollc.differentiate.replay import Replay, calls, new_recorder
+from unrollc.differentiate.replay import Replay, calls, start
 from unrollc.step import Phase, Role, StepGraph, Value
 
 
@@ -35,11 +35,7 @@ def reverse_adjoint(
         first_order: Take the inner gradient as a constant (first-order MAML).
         reason: Why this mode is used.
     """
-    recorder = new_recorder(step)
-    inputs = [
-        recorder.input(v.name, n.meta["val"])
-        for v, n in zip(step.inputs, step.placeholders, strict=True)
-    ]
+    recorder, inputs = start(step)
     cot_values, cot_tensors, cot_nodes = cotangent_inputs(step, live, recorder)
     targets = differentiable_inputs(step, wanted)
 
@@ -104,11 +100,7 @@ def loss_gradient(graph: StepGraph, wanted: frozenset[Key]) -> StepGraph:
         graph: The validation loss.
         wanted: Inputs besides the state whose cotangent is asked for.
     """
-    recorder = new_recorder(graph)
-    inputs = [
-        recorder.input(v.name, n.meta["val"])
-        for v, n in zip(graph.inputs, graph.placeholders, strict=True)
-    ]
+    recorder, inputs = start(graph)
     targets = differentiable_inputs(graph, wanted)
     (loss,) = graph.results
     assert loss is not None

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from unrollc.differentiate.replay import Replay, calls, is_projection, new_recorder
+from unrollc.differentiate.replay import Replay, calls, is_projection, start
 from unrollc.step import Phase, Role, StepGraph
 
 aten = torch.ops.aten
@@ -107,11 +107,7 @@ def _altered_gradient(step: StepGraph) -> str | None:
     gradients = [(v, n) for v, n in step.outputs_with(Role.GRADIENT) if n is not None]
     inputs = {value.label: node for value, node in zip(step.inputs, step.placeholders, strict=True)}
     ((_, loss),) = step.outputs_with(Role.LOSS)
-    recorder = new_recorder(step)
-    fakes = [
-        recorder.input(v.name, n.meta["val"])
-        for v, n in zip(step.inputs, step.placeholders, strict=True)
-    ]
+    recorder, fakes = start(step)
     sought = [inputs[value.label] for value, _ in gradients]
 
     def run(*tensors: Tensor) -> tuple[Tensor, ...]:

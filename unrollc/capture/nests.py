@@ -1,0 +1,28 @@
+"""Tensors in nests of tuples, lists and dictionaries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+
+def map_tensors(change: Callable[[Tensor], Any], value: Any) -> Any:
+    """`value`, a nest of tuples, lists and dictionaries, with its tensors replaced."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, tuple):
+        return tuple(map_tensors(change, item) for item in value)
+    if isinstance(value, list):
+        return [map_tensors(change, item) for item in value]
+    if isinstance(value, dict):
+        return {key: map_tensors(change, item) for key, item in value.items()}
+    return value
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors of a nest, in order."""
+    found: list[Tensor] = []
+    map_tensors(found.append, value)
+    return found
