@@ -12,6 +12,7 @@ which roles stand among their inputs and outputs. Node metadata:
 from __future__ import annotations
 
 import enum
+import functools
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -106,21 +107,22 @@ class StepGraph:
     """A pure graph over ATen ops with typed inputs and outputs.
 
     Attributes:
-        module: The graph; placeholders in the order of `inputs`, a flat output tuple in the
-            order of `outputs`. An output may be None: a structural zero.
+        graph: Placeholders in the order of `inputs`, a flat output tuple in the order of
+            `outputs`. An output may be None: a structural zero.
         inputs: One `Value` a placeholder.
         outputs: One `Value` an output.
         constants: Tensors for the inputs of `Role.CONSTANT`, by name.
     """
 
-    module: fx.GraphModule
+    graph: fx.Graph
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
     constants: dict[str, torch.Tensor]
 
-    @property
-    def graph(self) -> fx.Graph:
-        return self.module.graph
+    @functools.cached_property
+    def module(self) -> fx.GraphModule:
+        """The graph as a callable, made when it is first asked for."""
+        return fx.GraphModule(torch.nn.Module(), self.graph)
 
     @property
     def placeholders(self) -> list[fx.Node]:
@@ -151,7 +153,7 @@ def build(
 ) -> StepGraph:
     """A verified `StepGraph` over `graph`, which must already have its output node."""
     graph.lint()
-    step = StepGraph(fx.GraphModule(torch.nn.Module(), graph), inputs, outputs, constants)
+    step = StepGraph(graph, inputs, outputs, constants)
     verify(step)
     return step
 
@@ -166,9 +168,7 @@ def copy(step: StepGraph) -> StepGraph:
     graph = fx.Graph()
     output = graph.graph_copy(step.graph, {})
     graph.output(output)
-    return StepGraph(
-        fx.GraphModule(torch.nn.Module(), graph), step.inputs, step.outputs, step.constants
-    )
+    return StepGraph(graph, step.inputs, step.outputs, step.constants)
 
 
 def verify(step: StepGraph) -> None:

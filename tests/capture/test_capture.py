@@ -139,9 +139,9 @@ def test_a_tampered_graph_is_no_step() -> None:
         verify(step)
     node.target = target
     with pytest.raises(AssertionError, match="is typed as"):
-        verify(StepGraph(step.module, step.inputs[::-1], step.outputs, step.constants))
+        verify(StepGraph(step.graph, step.inputs[::-1], step.outputs, step.constants))
     with pytest.raises(AssertionError):
-        verify(StepGraph(step.module, step.inputs[1:], step.outputs, step.constants))
+        verify(StepGraph(step.graph, step.inputs[1:], step.outputs, step.constants))
 
 
 # --- distinct steps ---------------------------------------------------------------------------

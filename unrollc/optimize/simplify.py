@@ -29,7 +29,6 @@ def simplify(step: StepGraph) -> StepGraph:
             if rewrite(result.graph):
                 changed = True
                 verify(result)
-    result.module.recompile()
     return result
 
 

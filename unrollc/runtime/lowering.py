@@ -20,7 +20,7 @@ from unrollc.differentiate.mixed import NoForwardFormulaError, mixed_adjoint, mi
 from unrollc.differentiate.reverse import loss_gradient, reverse_adjoint
 from unrollc.differentiate.symmetry import asymmetry
 from unrollc.errors import InputError
-from unrollc.optimize.simplify import simplify
+from unrollc.optimize.simplify import simplify, structural_zeros
 from unrollc.plan.cost import cost_of
 from unrollc.plan.memory import MemoryPlan, plan_memory
 from unrollc.plan.pieces import Pieces
@@ -350,8 +350,8 @@ def _confirmed(requirements: Requirements, pieces: Pieces) -> Requirements:
     reached = {
         value.label
         for graph in graphs
-        for value, node in zip(graph.outputs, graph.results, strict=True)
-        if node is not None and value.role is Role.COTANGENT
+        for value, zero in zip(graph.outputs, structural_zeros(graph), strict=True)
+        if not zero and value.role is Role.COTANGENT
     }
     verdicts = {
         verdict.label: verdict
