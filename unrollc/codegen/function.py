@@ -98,10 +98,8 @@ def _statement(node: fx.Node, names: dict[fx.Node, str], dead: list[fx.Node]) ->
     left, dropped = _left_side(node, names)
     gone = [names[n] for n in dead if n is not node or isinstance(left, str)]
     gone = [n for n in gone if n not in dropped] + dropped
-    if left == [names[node]] or isinstance(left, str):
-        text = f"    {left} = {call}"
-    else:
-        text = f"    {', '.join(left)} = {call}"
+    targets = left if isinstance(left, str) else ", ".join(left)
+    text = f"    {targets} = {call}"
     if gone:
         text += f"; del {', '.join(dict.fromkeys(gone))}"
     source: Source | None = node.meta.get("source")

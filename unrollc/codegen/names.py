@@ -42,7 +42,11 @@ def name_values(step: StepGraph, reserved: Iterable[str]) -> dict[fx.Node, str]:
         if node is not None and node not in names:
             names[node] = claim(_PREFIX.get(value.role, "") + value.name)
     for node in step.graph.nodes:
-        if node.op == "call_function" and node not in names:
+        if node.op != "call_function" or node in names:
+            continue
+        if isinstance(node.meta["val"], tuple | list):
+            names[node] = "_"  # its results have names, the tuple itself never appears
+        else:
             names[node] = claim(node.meta.get("called") or _describe(node))
     return names
 
