@@ -19,7 +19,7 @@ from torch import nn
 
 BATCH = 64
 PEAK_LR = 5e-3
-LEARNING_RATES = (0.05, 0.1, 0.2, 0.4)
+LEARNING_RATES = (0.1, 0.2, 0.4)
 STEPS = (10, 20, 40)
 
 

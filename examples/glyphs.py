@@ -34,10 +34,10 @@ CANVAS = 2 * SIDE  # glyphs are drawn at twice the size and averaged down after 
 EM = 40  # font size on the canvas, in pixels
 MARGIN = 4
 
-ROTATION = 15.0  # degrees either way, as the following are either way
-SHEAR = 0.2
-LOG_SCALE = 0.2
-SHIFT = 0.1  # of half the canvas
+ROTATION = 10.0  # degrees either way, as the following are either way
+SHEAR = 0.1
+LOG_SCALE = 0.1
+SHIFT = 0.2  # of half the canvas
 
 
 def font_file(style: str) -> Path:

@@ -55,7 +55,7 @@ class Budget:
 
     steps: int
     tasks: int
-    test_tasks: int = 200
+    test_tasks: int = 160
     validation_tasks: int = 20
 
 
