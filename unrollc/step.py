@@ -32,7 +32,7 @@ ATTACH = torch.ops.unrollc.attach.default
 
 
 class Role(enum.Enum):
-    """What a graph's input or output is to the meta-loop (GIMLI's symbols in DESIGN order)."""
+    """What a graph's input or output is to the meta-loop (GIMLI, §2)."""
 
     THETA = "theta"
     OPT_STATE = "opt_state"
