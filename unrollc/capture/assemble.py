@@ -53,7 +53,7 @@ def assemble(
         index = next((i for i, known in enumerate(lifted) if known is tensor), len(lifted))
         if index == len(lifted):
             lifted.append(tensor)
-        label = f"closure[{index}]"
+        label = closure_label(index)
         special[node] = Value(Role.CONTEXT, label, names(label))
     for tensor, node in recorder.constants:
         special[node] = Value(Role.CONSTANT, node.name, node.name)
@@ -64,6 +64,11 @@ def assemble(
         if node.op == "placeholder":
             inputs.append((special[node] if node in special else explicit[node.name], node))
     return _rebuild(inputs, outputs, constants)
+
+
+def closure_label(index: int) -> str:
+    """The label of a tensor that the user's code brought in from outside."""
+    return f"closure[{index}]"
 
 
 def assemble_graph(

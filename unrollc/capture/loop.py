@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from unrollc.capture.assemble import assemble_graph, same_graph
+from unrollc.capture.assemble import assemble_graph, closure_label, same_graph
 from unrollc.capture.batches import Batches
 from unrollc.capture.naming import Names
 from unrollc.capture.one_step import Kind, Shared, Start, StepRecording
@@ -146,7 +146,7 @@ def capture_loop(
             **{k: v for k, v in known.items() if k in stock.hyper},
             **kind.concretes.advance(concrete),
         }
-    lifted_by_label = {f"closure[{index}]": tensor for index, tensor in enumerate(shared.lifted)}
+    lifted_by_label = {closure_label(index): tensor for index, tensor in enumerate(shared.lifted)}
     steps = _with_settled_buffers(raw)
     return Loop(
         steps=steps,

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from unrollc.capture.assemble import Concretes, assemble, concretes_of
+from unrollc.capture.assemble import Concretes, assemble, closure_label, concretes_of
 from unrollc.capture.batches import Batches
 from unrollc.capture.model import (
     capturing,
@@ -23,16 +23,16 @@ from unrollc.capture.optimizer import Layout, run_user_update
 from unrollc.capture.problem import PerStep, Problem, Stock
 from unrollc.capture.record import Recorder
 from unrollc.capture.source import SourceFinder
-from unrollc.errors import CaptureError, Source
+from unrollc.errors import Source
 from unrollc.step import STATE_ROLES, Phase, Role, StepGraph, Value, verify_update
 
 
 @dataclass(frozen=True)
 class Cut:
-    """A hyperparameter whose value Python read, so that its gradient is lost.
+    """A meta-parameter whose value Python read, so that its gradient is lost.
 
     Attributes:
-        labels: Labels of the tensor hyperparameters that the value depends on.
+        labels: Labels of the hyperparameters and closure tensors that the value depends on.
         source: The line that read it.
         reason: How it lost the gradient.
     """
@@ -150,7 +150,11 @@ class StepRecording:
         tuned = {label: found for label, node in counted.items() if (found := tuned_by(node))}
         for label, node in self._placeholders(inputs):
             node.meta["counter"] = label in counted and label not in tuned
-        graph = assemble(recorder, self.values, outputs, self.names, self.shared.lifted)
+        lifted = self.shared.lifted
+        graph = assemble(recorder, self.values, outputs, self.names, lifted)
+        for tensor, node in recorder.lifted:
+            index = next(i for i, known in enumerate(lifted) if known is tensor)
+            node.meta["hyper"] = (closure_label(index),)
         verify_update(graph)
         for value, gradient in graph.outputs_with(Role.GRADIENT):
             if gradient is not None:
@@ -221,13 +225,6 @@ class StepRecording:
             self.problem, stock, recorder, theta, extra, rest, batch
         )
         reached = {k: g for k, g in gradients.items() if not self._is_filled(g)}
-        if not reached:
-            raise CaptureError(
-                "the inner loss does not depend on any parameter that the optimizer holds",
-                why="every inner gradient is absent, so the inner loop would change nothing",
-                remedy="check that the loss uses the model's prediction, and for detach() or "
-                "no_grad on the way",
-            )
         # Each gradient gets a node of its own: a step may change p.grad in place, and several
         # gradients may be views of one tensor.
         hooked = {k: g.clone() for k, g in with_parameter_hooks(stock.theta, reached).items()}

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from unrollc.capture.assemble import assemble
+from unrollc.capture.assemble import assemble, closure_label
 from unrollc.capture.batches import Batches
 from unrollc.capture.loop import Loop
 from unrollc.capture.model import capturing, explained, module_names, run_user_loss
@@ -68,4 +68,4 @@ def capture_val(
     graph = assemble(
         recorder, values, [(Value(Role.LOSS, "val_loss", "val_loss"), node)], names, lifted
     )
-    return graph, {f"closure[{index}]": tensor for index, tensor in enumerate(lifted)}
+    return graph, {closure_label(index): tensor for index, tensor in enumerate(lifted)}

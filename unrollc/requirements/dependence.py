@@ -1,103 +1,221 @@
-"""Which inputs of a graph reach which outputs along differentiable paths, and where paths end."""
+"""Which inputs of a graph reach which outputs along differentiable paths, and where paths end.
+
+An edge leads from an operand to the result of an op that reads it, past the op itself where it
+has several results. Whether it carries a derivative is found by differentiating the op (`edges`).
+"""
 
 from __future__ import annotations
 
-import itertools
-import operator
-from collections.abc import Iterable
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import networkx as nx
-import torch
-from torch import Tensor, fx
+from torch import fx
 
-from unrollc.step import StepGraph
+from unrollc.errors import Source
+from unrollc.requirements.edges import SHAPE_ONLY, carried, cut_reason, is_projection
+from unrollc.requirements.zeros import PRODUCTS, zeros_of
+from unrollc.step import STATE_ROLES, Role, StepGraph
 
-aten = torch.ops.aten
-
-#: Ops that hand on no derivative, with the reason. Integer results are cut by their dtype.
-_CUTTING: dict[str, str] = {
-    "detach": "detach() or no_grad stops the gradient",
-    "sign": "the derivative of sign is zero everywhere it exists",
-    "sgn": "the derivative of sgn is zero everywhere it exists",
-    "round": "the derivative of round is zero everywhere it exists",
-    "floor": "the derivative of floor is zero everywhere it exists",
-    "ceil": "the derivative of ceil is zero everywhere it exists",
-    "trunc": "the derivative of trunc is zero everywhere it exists",
-    "floor_divide": "the derivative of floor_divide is zero everywhere it exists",
-    "heaviside": "the derivative of heaviside is zero everywhere it exists",
-    "zeros_like": "only the shape is used",
-    "ones_like": "only the shape is used",
-    "full_like": "only the shape is used",
-    "empty_like": "only the shape is used",
-    "new_zeros": "only the shape is used",
-    "new_ones": "only the shape is used",
-    "new_full": "only the shape is used",
-    "new_empty": "only the shape is used",
-}
+Key = tuple[Role, str]
 
 
-def dependence(step: StepGraph) -> nx.DiGraph:
-    """The graph of values; an edge's ``cut`` says why it carries no derivative, or is None."""
+@dataclass(frozen=True)
+class CutOp:
+    """An op that hands on no derivative.
+
+    Attributes:
+        op: The op's name.
+        reason: Why.
+        where: The user's line.
+    """
+
+    op: str
+    reason: str
+    where: Source | None
+
+
+@dataclass(frozen=True)
+class Dependence:
+    """A graph with its differentiable edges.
+
+    Attributes:
+        step: The graph.
+        edges: A directed graph over its nodes; an edge's ``cut`` says why it carries no
+            derivative, or is None.
+    """
+
+    step: StepGraph
+    edges: nx.DiGraph
+
+    @functools.cached_property
+    def smooth(self) -> nx.DiGraph:
+        """The edges that carry a derivative."""
+        kept = [(a, b) for a, b, cut in self.edges.edges(data="cut") if cut is None]
+        graph = nx.DiGraph()
+        graph.add_nodes_from(self.edges)
+        graph.add_edges_from(kept)
+        return graph
+
+    @functools.cached_property
+    def inputs(self) -> dict[Key, fx.Node]:
+        pairs = zip(self.step.inputs, self.step.placeholders, strict=True)
+        return {(value.role, value.label): node for value, node in pairs}
+
+    def results(self, *roles: Role) -> list[fx.Node]:
+        return [node for _, node in self.step.outputs_with(*roles) if node is not None]
+
+    def state_results(self, live: set[Key]) -> list[fx.Node]:
+        return [
+            node
+            for value, node in self.step.outputs_with(*STATE_ROLES)
+            if node is not None and (value.role, value.label) in live
+        ]
+
+    @property
+    def gradients(self) -> list[fx.Node]:
+        """The inner gradients of the fast weights."""
+        pairs = self.step.outputs_with(Role.GRADIENT)
+        return [node for value, node in pairs if node is not None and value.of is Role.THETA]
+
+    @functools.cached_property
+    def into_loss(self) -> set[fx.Node]:
+        """What reaches the loss."""
+        return sources_of(self.smooth, self.results(Role.LOSS))
+
+    @functools.cached_property
+    def into_gradient(self) -> set[fx.Node]:
+        """What reaches an inner gradient."""
+        return sources_of(self.smooth, self.gradients)
+
+    @functools.cached_property
+    def direct(self) -> nx.DiGraph:
+        """The smooth edges without those that leave an inner gradient."""
+        gradients = set(self.gradients)
+        return nx.DiGraph((a, b) for a, b in self.smooth.edges if a not in gradients)
+
+    @functools.cached_property
+    def into_update(self) -> set[fx.Node]:
+        """What reaches the new state other than through an inner gradient."""
+        return sources_of(self.direct, self.results(*STATE_ROLES))
+
+
+def dependence(
+    step: StepGraph, saturated: Mapping[tuple[fx.Node, fx.Node], str] | None = None
+) -> Dependence:
+    """The graph of values and of what carries a derivative between them.
+
+    Args:
+        step: Any captured graph.
+        saturated: (operand, op) whose derivative is zero at the present values of the
+            meta-parameters, with the reason.
+    """
+    saturated = saturated or {}
     edges = nx.DiGraph()
     edges.add_nodes_from(step.graph.nodes)
+    zeros = zeros_of(step)
     for node in step.graph.nodes:
-        if node.op != "call_function":
+        if node.op != "call_function" or is_projection(node):
             continue
-        reason = _cut(node)
-        for source in node.all_input_nodes:
-            edges.add_edge(source, node, cut=reason)
-    return edges
+        reached = carried(node, zeros)
+        operands = node.all_input_nodes
+        for position, result in _results(node):
+            for index, operand in enumerate(operands):
+                reason = None
+                if result in zeros or (index, position) not in reached:
+                    reason = _reason(node, operand, result, zeros)
+                elif (operand, node) in saturated:
+                    reason = saturated[operand, node]
+                edges.add_edge(operand, result, cut=reason)
+    return Dependence(step, edges)
 
 
-def _cut(node: fx.Node) -> str | None:
-    if node.target is operator.getitem:
-        value = node.meta.get("val")
-        return None if _is_smooth(value) else "the result is an integer or a truth value"
-    target: Any = node.target
-    name = target._schema.name.split("::")[-1]
-    if name in _CUTTING:
-        return _CUTTING[name]
-    if name == "div" and node.kwargs.get("rounding_mode") is not None:
-        return "the derivative of a rounded quotient is zero everywhere it exists"
-    results = node.meta["val"]
-    parts = results if isinstance(results, tuple | list) else (results,)
-    if not any(_is_smooth(part) for part in parts):
-        return f"{name} yields integers or truth values, which have no derivative"
-    return None
+def _reason(node: fx.Node, operand: fx.Node, result: fx.Node, zeros: set[fx.Node]) -> str:
+    others: list[Any] = [arg for arg in node.args if arg is not operand]
+    if op_name(node) in PRODUCTS and any(other == 0 or other in zeros for other in others):
+        return "it is multiplied by zero"
+    if result in zeros:
+        return "the value is always zero"
+    return cut_reason(node, operand, result.meta["val"])
 
 
-def _is_smooth(value: Any) -> bool:
-    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+def _results(node: fx.Node) -> list[tuple[int, fx.Node]]:
+    """The nodes that stand for the results of an op, with their positions."""
+    if isinstance(node.meta["val"], tuple | list):
+        return [(int(user.args[1]), user) for user in node.users if is_projection(user)]  # type: ignore[arg-type]
+    return [(0, node)]
 
 
 def sources_of(edges: nx.DiGraph, targets: Iterable[fx.Node]) -> set[fx.Node]:
-    """Every node with a differentiable path to one of `targets`, these included."""
-    smooth = nx.subgraph_view(edges, filter_edge=lambda a, b: edges.edges[a, b]["cut"] is None)
+    """Every node with a path to one of `targets`, these included."""
     found: set[fx.Node] = set()
     for target in targets:
         if target not in found:
-            found |= {target} | nx.ancestors(smooth, target)
+            found.add(target)
+            if target in edges:
+                found |= nx.ancestors(edges, target)
     return found
 
 
-def first_cut(
-    edges: nx.DiGraph, source: fx.Node, targets: Iterable[fx.Node]
-) -> tuple[fx.Node, str] | None:
-    """The first cutting op on the least cut path from `source`, or None if there is no path."""
-    best: tuple[int, fx.Node, str] | None = None
-    for target in targets:
-        try:
-            path = nx.shortest_path(
-                edges, source, target, weight=lambda a, b, data: 1000 if data["cut"] else 1
-            )
-        except nx.NetworkXNoPath:
-            continue
-        cuts = [
-            (b, edges.edges[a, b]["cut"])
-            for a, b in itertools.pairwise(path)
-            if edges.edges[a, b]["cut"]
-        ]
-        if cuts and (best is None or len(cuts) < best[0]):
-            best = (len(cuts), *cuts[0])
-    return None if best is None else best[1:]
+def reached_from(edges: nx.DiGraph, sources: Iterable[fx.Node]) -> set[fx.Node]:
+    """Every node with a path from one of `sources`, these included."""
+    return sources_of(edges.reverse(copy=False), sources)
+
+
+def minimal_cut(
+    graph: Dependence, starts: Sequence[fx.Node], ends: Sequence[fx.Node]
+) -> tuple[CutOp, ...]:
+    """A smallest set of ops that cut every path from `starts` to `ends`, in order.
+
+    Empty where a differentiable path remains, or where not even a cut path leads there.
+    """
+    real = graph.edges.edge_subgraph(
+        (a, b) for a, b, cut in graph.edges.edges(data="cut") if cut != SHAPE_ONLY
+    )
+    cuts = _cut_nodes(graph.step, real, starts, ends)
+    cuts = cuts or _cut_nodes(graph.step, graph.edges, starts, ends)
+    return tuple(
+        dict.fromkeys(CutOp(op_name(node), why, node.meta.get("source")) for node, why in cuts)
+    )
+
+
+def _cut_nodes(
+    step: StepGraph, edges: nx.DiGraph, starts: Sequence[fx.Node], ends: Sequence[fx.Node]
+) -> list[tuple[fx.Node, str]]:
+    flow = nx.DiGraph()
+    reasons: dict[fx.Node, str] = {}
+    relevant = reached_from(edges, starts) & sources_of(edges, ends)
+    for a, b, cut in edges.subgraph(relevant).edges(data="cut"):
+        if cut is None:
+            flow.add_edge(a, b)  # no capacity attribute: infinite
+        else:
+            reasons.setdefault(b, cut)
+            flow.add_edge(a, ("cut", b))
+            flow.add_edge(("cut", b), b, capacity=1)
+    for start in starts:
+        if start in flow:
+            flow.add_edge("source", start)
+    for end in ends:
+        if end in flow:
+            flow.add_edge(end, "sink")
+    if "source" not in flow or "sink" not in flow or not nx.has_path(flow, "source", "sink"):
+        return []
+    try:
+        # Of several smallest cuts networkx returns the one nearest to its second end; reversed,
+        # that is the one where the gradient is lost first.
+        _, (_, before) = nx.minimum_cut(flow.reverse(copy=False), "sink", "source")
+    except nx.NetworkXUnbounded:
+        return []
+    order = {node: number for number, node in enumerate(step.graph.nodes)}
+    cutting = [n for n in reasons if ("cut", n) in before and n not in before]
+    return [(node, reasons[node]) for node in sorted(cutting, key=order.__getitem__)]
+
+
+def op_name(node: fx.Node) -> str:
+    """The ATen op's name without overload; for a projection, that of the op it projects."""
+    origin: Any = node
+    while is_projection(origin):
+        origin = origin.args[0]
+    return str(origin.target._schema.name.split("::")[-1])

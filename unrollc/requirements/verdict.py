@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from unrollc.errors import RequirementError, Source
+from unrollc.requirements.dependence import CutOp
+from unrollc.requirements.kinks import Kink
+from unrollc.step import StepGraph
+
+if TYPE_CHECKING:
+    from unrollc.requirements.calculus import Derivation
 
 
 @dataclass(frozen=True)
@@ -22,13 +29,17 @@ class Finding:
         holds: True, False, or None where the requirement does not concern the meta-parameter.
         reason: The path that proves it, or what cuts it.
         where: The user's line, if one is to blame.
+        kinks: Where the derivative jumps or is infinite; then it holds almost everywhere.
     """
 
     holds: bool | None
     reason: str
     where: Source | None = None
+    kinks: tuple[Kink, ...] = ()
 
     def __str__(self) -> str:
+        if self.holds and self.kinks:
+            return "holds almost everywhere"
         return {True: "holds", False: "fails", None: "-"}[self.holds]
 
 
@@ -38,11 +49,12 @@ class Verdict:
 
     Attributes:
         label: The meta-parameter.
-        status: "exists", "zero" (no path leads from it to Lval) or "undefined" (Python code
-            took its value, so that its gradient is lost).
+        status: "exists", "zero" (Lval does not change with it, to first order) or "undefined"
+            (there is no derivative, or Python code took its value and lost it).
         reason, where, remedy: Why, the user's line, and what to do.
         I, II, IIIa, IIIb: The requirements, each with its own finding.
         requested: Whether the user asks for this gradient.
+        cuts: A minimal set of ops that cut every path to Lval, for a verdict of "zero".
     """
 
     label: str
@@ -55,6 +67,13 @@ class Verdict:
     IIIa: Finding
     IIIb: Finding
     requested: bool = True
+    cuts: tuple[CutOp, ...] = ()
+
+    @property
+    def kinks(self) -> tuple[Kink, ...]:
+        """Where the meta-gradient jumps or does not exist; a set of measure zero."""
+        findings = (self.I, self.II, self.IIIa, self.IIIb)
+        return tuple(dict.fromkeys(kink for finding in findings for kink in finding.kinks))
 
     def error(self) -> RequirementError:
         """The error that a failed verdict raises."""
@@ -75,10 +94,29 @@ class Requirements:
     """The verdicts on all meta-parameters, by label or by tensor.
 
     ``requirements["fc.weight"]`` and ``requirements[model.fc.weight]`` are the same `Verdict`.
+
+    Attributes:
+        verdicts: By label.
+        labels: Labels of tensors by id, for look-up.
+        steps: The distinct inner steps on which the verdicts were reached.
+        I, II: The requirements that concern all meta-parameters alike.
     """
 
     verdicts: Mapping[str, Verdict]
     labels: Mapping[int, tuple[str, ...]] = field(default_factory=dict, repr=False)
+    steps: tuple[StepGraph, ...] = field(default=(), repr=False)
+    I: Finding = Finding(None, "not decided")
+    II: Finding = Finding(None, "not decided")
+
+    @functools.cached_property
+    def derivations(self) -> tuple[Derivation, ...]:
+        """The update of the captured optimizer with its derivatives, one for each distinct update.
+
+        Worked out when it is first asked for. Each prints as text, and as LaTeX (``.latex``).
+        """
+        from unrollc.requirements.calculus import derive  # sympy is slow to import
+
+        return tuple(dict.fromkeys(each for step in self.steps for each in derive(step)))
 
     @property
     def failed(self) -> list[Verdict]:
@@ -129,31 +167,91 @@ class Requirements:
             raise verdict.error()
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
-        """Plain data for tools: one entry a meta-parameter."""
+        """Plain data for tools: one entry a meta-parameter, with one a requirement."""
         return {
             v.label: {
                 "status": v.status,
                 "reason": v.reason,
                 "where": str(v.where) if v.where else None,
                 "remedy": v.remedy,
-                **{
-                    name: {"holds": finding.holds, "reason": finding.reason}
-                    for name in ("I", "II", "IIIa", "IIIb")
-                    for finding in (getattr(v, name),)
-                },
+                "requested": v.requested,
+                "cuts": [_plain(cut.op, cut.reason, cut.where) for cut in v.cuts],
+                **{name: _finding(getattr(v, name)) for name in _REQUIREMENTS},
             }
             for v in self.verdicts.values()
         }
 
     def __str__(self) -> str:
-        table = Table(title="Requirements (GIMLI §2.4)", title_justify="left")
-        for column in ("meta-parameter", "gradient", "I", "II", "IIIa", "IIIb", "reason"):
-            table.add_column(column, overflow="fold")
-        for v in self.verdicts.values():
-            where = f" ({v.where.short})" if v.where else ""
-            status = v.status if v.requested else f"{v.status}, not requested"
-            findings = (str(f) for f in (v.I, v.II, v.IIIa, v.IIIb))
-            table.add_row(v.label, status, *findings, v.reason + where)
         out = io.StringIO()
-        Console(file=out, width=110, color_system=None).print(table)
-        return out.getvalue().rstrip()
+        console = Console(file=out, width=_WIDTH, color_system=None)
+        console.print(self._parameters())
+        if self.verdicts:
+            console.print(self._requirements())
+        for kink in dict.fromkeys(kink for v in self for kink in v.kinks):
+            console.print(f"kink: {kink}", highlight=False)
+        return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())
+
+    def _parameters(self) -> Table:
+        """A row for each meta-parameter."""
+        table = Table(title="Requirements (GIMLI §2.4)", title_justify="left")
+        for column in ("meta-parameter", "gradient", *_REQUIREMENTS, "reason"):
+            table.add_column(column, overflow="fold")
+        for v in self:
+            status = v.status if v.requested else f"{v.status}, not requested"
+            findings = (_short(getattr(v, name)) for name in _REQUIREMENTS)
+            table.add_row(v.label, status, *findings, _with_line(v.reason, v.where))
+        return table
+
+    def _requirements(self) -> Table:
+        """A row for each requirement; III by the meta-parameters that differ in it."""
+        table = Table(title="By requirement", title_justify="left")
+        for column in ("requirement", "verdict", "meta-parameters", "reason"):
+            table.add_column(column, overflow="fold")
+        for name, text in _REQUIREMENTS.items():
+            rows: dict[tuple[str, str], list[str]] = {}
+            for v in self:
+                finding = getattr(v, name)
+                if finding.holds is not None:
+                    key = (str(finding), _with_line(finding.reason, finding.where))
+                    rows.setdefault(key, []).append(v.label)
+            for (verdict, reason), labels in rows.items():
+                every = len(labels) == len(self)
+                table.add_row(f"{name}: {text}", verdict, "all" if every else _some(labels), reason)
+        return table
+
+
+_WIDTH = 110
+
+#: The requirements in the paper's words, shortened.
+_REQUIREMENTS = {
+    "I": "Lval differentiable in θ_T",
+    "II": "opt differentiable in θ and G",
+    "IIIa": "opt differentiable in it",
+    "IIIb": "G differentiable in it",
+}
+
+
+def _short(finding: Finding) -> str:
+    return str(finding).replace("almost everywhere", "a.e.")
+
+
+def _with_line(reason: str, where: Source | None) -> str:
+    return f"{reason} ({where.short})" if where else reason
+
+
+def _some(labels: list[str]) -> str:
+    return ", ".join(labels[:4]) + (f" and {len(labels) - 4} more" if len(labels) > 4 else "")
+
+
+def _plain(op: str, reason: str, where: Source | None) -> dict[str, Any]:
+    return {"op": op, "reason": reason, "where": str(where) if where else None}
+
+
+def _finding(finding: Finding) -> dict[str, Any]:
+    return {
+        "holds": finding.holds,
+        "verdict": str(finding),
+        "reason": finding.reason,
+        "where": str(finding.where) if finding.where else None,
+        "kinks": [_plain(kink.op, kink.at, kink.where) for kink in finding.kinks],
+    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor, fx
@@ -15,18 +16,15 @@ from unrollc.capture.naming import Names
 from unrollc.capture.problem import PerStep, Problem, Stock
 from unrollc.capture.validation import capture_val
 from unrollc.codegen.module import GeneratedCode, generate
-from unrollc.differentiate.adjoint import Key, StepAdjoint
-from unrollc.differentiate.mixed import NoForwardFormulaError, mixed_adjoint, mixed_obstacle
-from unrollc.differentiate.reverse import loss_gradient, reverse_adjoint
-from unrollc.differentiate.symmetry import asymmetry
-from unrollc.errors import InputError
-from unrollc.optimize.simplify import simplify, structural_zeros
-from unrollc.plan.cost import cost_of
+from unrollc.errors import InputError, RequirementError
+from unrollc.optimize.simplify import simplify
 from unrollc.plan.memory import MemoryPlan, plan_memory
 from unrollc.plan.pieces import Pieces
 from unrollc.plan.schedule import forward_only, keep_all
-from unrollc.requirements.check import MetaParameter, check_requirements
+from unrollc.requirements.check import check_requirements
+from unrollc.requirements.judge import MetaParameter
 from unrollc.requirements.verdict import Requirements
+from unrollc.runtime.adjoints import Differentiated, confirmed, differentiated
 from unrollc.runtime.options import Options, candidates, labels_by_tensor, resolve_meta
 from unrollc.step import STATE_ROLES, Role, StepGraph
 
@@ -85,17 +83,52 @@ class Lowered:
         pathlib.Path(path).write_text(self.code, encoding="utf-8")
 
 
-def capture_and_check(
+@dataclass(frozen=True)
+class Captured:
+    """What capture and the requirements found.
+
+    Attributes:
+        loop: The inner steps.
+        val: The validation loss.
+        lifted: Tensors from closures, by label.
+        meta: Every meta-parameter, requested or not.
+        requirements: Verdicts by dependence.
+    """
+
+    loop: Loop
+    val: StepGraph
+    lifted: dict[str, Tensor]
+    meta: tuple[MetaParameter, ...]
+    requirements: Requirements
+
+
+def check(
     problem: Problem, options: Options, stock: Stock, train: Batches, val: Batches
-) -> tuple[Loop, StepGraph, dict[str, Tensor], list[MetaParameter], Requirements]:
-    """Capture the loop and decide the requirements; raises for no failed verdict."""
+) -> Requirements:
+    """Decide the requirements, on the differentiated graphs as well; raises for no failed one."""
+    captured = capture(problem, options, stock, train, val)
+    verdicts = captured.requirements
+    meta = [m for m in captured.meta if verdicts.verdicts[m.label].status == "exists"]
+    if not meta:
+        return verdicts
+    with explained("the derivative of the captured step", _UNDIFFERENTIABLE):
+        found = differentiated(captured.loop, captured.val, meta, options, final=False)
+    return confirmed(verdicts, found)
+
+
+def capture(
+    problem: Problem, options: Options, stock: Stock, train: Batches, val: Batches
+) -> Captured:
+    """Capture the loop and the validation loss, and decide the requirements by dependence."""
     _check_devices(stock, train, val)
     names = Names()
     early = resolve_meta(options, candidates(stock, train, val, {}), train.steps, complete=False)
     extra = tuple(
         m.label
         for m in early
-        if m.role in (Role.CONTEXT, Role.BATCH) and not m.label.startswith("val.")
+        if m.role in (Role.CONTEXT, Role.BATCH)
+        and not m.label.startswith("val.")
+        and not m.obstacle
     )
     requested = frozenset(m.label for m in early if m.role is Role.HYPER)
     loop = capture_loop(problem, stock, train, extra, requested, names)
@@ -109,8 +142,19 @@ def capture_and_check(
         first_order=options.first_order,
         steps_back=options.steps_back(train.steps),
         ids=labels_by_tensor(known),
+        values=_present_values(stock, lifted),
     )
-    return loop, graph, lifted, meta, requirements
+    return Captured(replace(loop, lifted=lifted), graph, lifted, tuple(meta), requirements)
+
+
+def _present_values(stock: Stock, lifted: dict[str, Tensor]) -> dict[tuple[Role, str], Tensor]:
+    """What no inner step changes: hyperparameters of one value, loss parameters, closures."""
+    hyper = {k: t for k, t in stock.hyper.items() if not isinstance(t, PerStep)}
+    context = {**stock.context, **lifted}
+    return {
+        **{(Role.HYPER, label): tensor for label, tensor in hyper.items()},
+        **{(Role.CONTEXT, label): tensor for label, tensor in context.items()},
+    }
 
 
 def lower(
@@ -131,32 +175,46 @@ def lower(
         differentiate: Whether meta-gradients are wanted; otherwise the program only adapts.
 
     Raises:
-        RequirementError: If a requested meta-gradient is zero or undefined.
+        RequirementError: If a requested meta-gradient is zero or undefined, or if the inner loss
+            reaches no fast weight.
     """
-    loop, val_graph, lifted, meta, requirements = capture_and_check(
-        problem, options, stock, train, val
-    )
-    loop = replace(loop, lifted=lifted)
+    captured = capture(problem, options, stock, train, val)
+    loop, requirements = captured.loop, captured.requirements
+    meta = []
     if differentiate:
         requirements.raise_for_failure()
-        meta = [m for m in meta if m.requested]
-    else:
-        meta = []
+        meta = [m for m in captured.meta if m.requested]
+    _raise_without_gradient(loop, requirements)
     with explained("the derivative of the captured step", _UNDIFFERENTIABLE):
-        pieces = _pieces(loop, val_graph, meta, options, stock, train)
-    if differentiate:
-        requirements = _confirmed(requirements, pieces)
+        found = differentiated(loop, captured.val, meta, options) if meta else None
+    if found is not None:
+        requirements = confirmed(requirements, found)
         requirements.raise_for_failure()
+    pieces = _pieces(loop, captured.val, found, meta, options, stock, train)
     plan = plan_memory(pieces)
     return Lowered(
         requirements=requirements,
         loop=loop,
-        val=val_graph,
+        val=captured.val,
         pieces=pieces,
         plan=plan,
         generated=generate(pieces, plan),
         meta=tuple(meta),
-        lifted_require=tuple(tensor.requires_grad for tensor in lifted.values()),
+        lifted_require=tuple(tensor.requires_grad for tensor in captured.lifted.values()),
+    )
+
+
+def _raise_without_gradient(loop: Loop, requirements: Requirements) -> None:
+    if any(node is not None for s in loop.steps for _, node in s.outputs_with(Role.GRADIENT)):
+        return
+    finding = requirements.II
+    raise RequirementError(
+        "the inner loss does not depend on any parameter that the optimizer holds",
+        where=finding.where,
+        why=f"every inner gradient is absent, so the inner loop would change nothing: "
+        f"{finding.reason}",
+        remedy="check that the loss uses the model's prediction, and for detach() or no_grad on "
+        "the way",
     )
 
 
@@ -186,32 +244,25 @@ def _check_devices(stock: Stock, train: Batches, val: Batches) -> None:
 def _pieces(
     loop: Loop,
     val: StepGraph,
-    meta: list[MetaParameter],
+    found: Differentiated | None,
+    meta: Sequence[MetaParameter],
     options: Options,
     stock: Stock,
     train: Batches,
 ) -> Pieces:
     steps = len(loop.sequence)
-    wanted = frozenset(m.key for m in meta if m.role is not Role.THETA)
-    want_theta = frozenset(m.key for m in meta if m.role is Role.THETA)
     stop = steps - options.steps_back(steps)
-    adjoints: list[StepAdjoint] = []
-    order: list[int | None] = [None] * steps
-    val_gradient = None
-    if meta:
-        val_gradient = simplify(loss_gradient(val, wanted))
-        adjoints, order = _adjoints(loop, val_gradient, wanted, want_theta, stop, options)
     batch_labels = train.labels if train.form in ("list", "stacked") else ()
     per_step = {label for label, value in stock.hyper.items() if isinstance(value, PerStep)}
     stacked = per_step | set(batch_labels if train.form == "stacked" else ())
     return Pieces(
         steps=tuple(simplify(_primal(step)) for step in loop.steps),
         sequence=loop.sequence,
-        adjoints=tuple(adjoints),
-        adjoint_sequence=tuple(order),
+        adjoints=found.adjoints if found else (),
+        adjoint_sequence=found.order if found else (None,) * steps,
         val=simplify(val),
-        val_gradient=val_gradient,
-        schedule=keep_all(steps, stop) if meta else forward_only(steps),
+        val_gradient=found.val_gradient if found else None,
+        schedule=keep_all(steps, stop) if found else forward_only(steps),
         per_step=frozenset(per_step | set(batch_labels)),
         stacked=frozenset(stacked),
         wanted=tuple(m.label for m in meta),
@@ -224,144 +275,3 @@ def _primal(step: StepGraph) -> StepGraph:
     outputs = [(value, node) for value, node in pairs if value.role in (*STATE_ROLES, Role.LOSS)]
     inputs = zip(step.inputs, step.placeholders, strict=True)
     return assemble_graph(step, inputs, outputs)
-
-
-def _adjoints(
-    loop: Loop,
-    val_gradient: StepGraph,
-    wanted: frozenset[Key],
-    want_theta: frozenset[Key],
-    stop: int,
-    options: Options,
-) -> tuple[list[StepAdjoint], list[int | None]]:
-    """The distinct adjoints, following the live cotangents from step T-1 back."""
-    found: list[StepAdjoint] = []
-    known: dict[tuple[int, frozenset[Key], bool], int] = {}
-    order: list[int | None] = [None] * len(loop.sequence)
-    live = _state_keys(val_gradient)
-    chooser = _Chooser(loop, wanted, options)
-    for number in reversed(range(stop, len(loop.sequence))):
-        index = loop.sequence[number]
-        last = number == stop
-        key = (index, live, last)
-        if key not in known:
-            adjoint = chooser.adjoint(index, live)
-            if last:
-                keep = wanted | (want_theta if stop == 0 else frozenset())
-                adjoint = _pruned(adjoint, keep)
-            same = next((i for i, old in enumerate(found) if old is adjoint), len(found))
-            if same == len(found):
-                found.append(adjoint)
-            known[key] = same
-        order[number] = known[key]
-        live = _state_keys(found[known[key]].graph)
-    return found, order
-
-
-def _state_keys(graph: StepGraph) -> frozenset[Key]:
-    pairs = zip(graph.outputs, graph.results, strict=True)
-    return frozenset(
-        (value.of, value.label)
-        for value, node in pairs
-        if node is not None and value.role is Role.COTANGENT and value.of in STATE_ROLES
-    )
-
-
-def _pruned(adjoint: StepAdjoint, keep: frozenset[Key]) -> StepAdjoint:
-    """The adjoint of the first step, without cotangents that nothing reads."""
-    graph = adjoint.graph
-    outputs = [
-        (value, node)
-        for value, node in zip(graph.outputs, graph.results, strict=True)
-        if (value.of, value.label) in keep
-    ]
-    if len(outputs) == len(graph.outputs):
-        return adjoint
-    inputs = zip(graph.inputs, graph.placeholders, strict=True)
-    return replace(adjoint, graph=simplify(assemble_graph(graph, inputs, outputs)))
-
-
-class _Chooser:
-    """Makes adjoints, in mixed mode where symmetry is proved and the cost model prefers it.
-
-    The two modes are compared once; steps differ in their update, hardly in their products.
-    """
-
-    def __init__(self, loop: Loop, wanted: frozenset[Key], options: Options) -> None:
-        self._loop, self._wanted, self._options = loop, wanted, options
-        self._reasons: dict[int, str | None] = {}
-        self._made: dict[tuple[int, frozenset[Key]], StepAdjoint] = {}
-        self._preferred: tuple[str, str] | None = None
-
-    def adjoint(self, index: int, live: frozenset[Key]) -> StepAdjoint:
-        key = (index, live)
-        if key not in self._made:
-            self._made[key] = self._make(index, live)
-        return self._made[key]
-
-    def _make(self, index: int, live: frozenset[Key]) -> StepAdjoint:
-        step = self._loop.steps[index]
-        if self._options.first_order:
-            made = reverse_adjoint(
-                step, self._wanted, live, first_order=True, reason="the inner gradient is constant"
-            )
-            return replace(made, graph=simplify(made.graph))
-        obstacle = self._obstacle(index) or mixed_obstacle(step, self._wanted, live)
-        if obstacle is None and (self._preferred is None or self._preferred[0] == "mixed"):
-            try:
-                mixed = mixed_adjoint(step, self._wanted, live)
-                mixed = replace(mixed, graph=simplify(mixed.graph))
-                if self._preferred is not None:
-                    return replace(mixed, reason=self._preferred[1])
-            except NoForwardFormulaError as error:
-                obstacle, mixed = str(error), None
-        else:
-            mixed = None
-        reason = obstacle or (self._preferred[1] if self._preferred else "")
-        reverse = reverse_adjoint(step, self._wanted, live, reason=reason)
-        reverse = replace(reverse, graph=simplify(reverse.graph))
-        if mixed is None:
-            return reverse
-        chosen = _cheaper(mixed, reverse)
-        self._preferred = (chosen.mode, chosen.reason)
-        return chosen
-
-    def _obstacle(self, index: int) -> str | None:
-        if index not in self._reasons:
-            self._reasons[index] = asymmetry(self._loop.steps[index])
-        return self._reasons[index]
-
-
-def _cheaper(mixed: StepAdjoint, reverse: StepAdjoint) -> StepAdjoint:
-    first, second = cost_of(mixed.graph).weight, cost_of(reverse.graph).weight
-    ratio = first / second
-    if first <= second:
-        return replace(mixed, reason=f"{mixed.reason}; predicted cost {ratio:.2f} of reverse mode")
-    return replace(
-        reverse, reason=f"symmetry is proved, but mixed mode costs {ratio:.2f} times as much"
-    )
-
-
-def _confirmed(requirements: Requirements, pieces: Pieces) -> Requirements:
-    """Verdicts after differentiation: what turned out structurally zero is said to be so."""
-    graphs = [adjoint.graph for adjoint in pieces.adjoints]
-    if pieces.val_gradient is not None:
-        graphs.append(pieces.val_gradient)
-    reached = {
-        value.label
-        for graph in graphs
-        for value, zero in zip(graph.outputs, structural_zeros(graph), strict=True)
-        if not zero and value.role is Role.COTANGENT
-    }
-    verdicts = {
-        verdict.label: verdict
-        if verdict.label in reached or verdict.status != "exists" or not verdict.requested
-        else replace(
-            verdict,
-            status="zero",
-            reason="every path to it vanishes when the step is differentiated",
-            remedy="leave it out: pass meta=[...], or requires_grad_(False)",
-        )
-        for verdict in requirements
-    }
-    return Requirements(verdicts, requirements.labels)

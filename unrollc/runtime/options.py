@@ -12,7 +12,7 @@ from torch import Tensor
 from unrollc.capture.batches import Batches
 from unrollc.capture.problem import PerStep, Stock
 from unrollc.errors import InputError, NotYetError, RequirementError
-from unrollc.requirements.check import MetaParameter
+from unrollc.requirements.judge import MetaParameter
 from unrollc.step import Role
 
 
@@ -213,6 +213,11 @@ def _listed(
                 f"meta lists {key[1]} twice (again at meta[{position}])",
                 remedy="list every meta-parameter once",
             )
+        if not all(_is_continuous(tensor) for tensor in known[key]):
+            dtype = str(known[key][0].dtype).removeprefix("torch.")
+            obstacle = f"it is {dtype}: integers and truth values have no derivative"
+            found[key] = MetaParameter(*key, obstacle=obstacle)
+            continue
         if not any(tensor.requires_grad for tensor in known[key]):
             raise InputError(
                 f"meta[{position}] ({key[1]}) does not require grad",
@@ -226,4 +231,8 @@ def _listed(
         for tensor in known[key]
         for other in by_id[id(tensor)]
     }
-    return list({**found, **places}.values())
+    return list({**places, **found}.values())
+
+
+def _is_continuous(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()

@@ -24,7 +24,7 @@ from unrollc.errors import NonFiniteError
 from unrollc.requirements.verdict import Requirements
 from unrollc.runtime.bridge import MetaLoop, Run
 from unrollc.runtime.load import load
-from unrollc.runtime.lowering import Lowered, capture_and_check, lower
+from unrollc.runtime.lowering import Lowered, check, lower
 from unrollc.runtime.options import Options
 from unrollc.runtime.result import Result
 from unrollc.step import STATE_ROLES, Role
@@ -95,10 +95,7 @@ class Program:
     def check(self, train: Any, val: Any) -> Requirements:
         """The requirements alone; raises for no failed one."""
         stock, train_batches, val_batches = self._read(train, val)
-        *_, requirements = capture_and_check(
-            self._problem, self._options, stock, train_batches, val_batches
-        )
-        return requirements
+        return check(self._problem, self._options, stock, train_batches, val_batches)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles lower again."""

@@ -1,0 +1,167 @@
+"""Meta-parameters that only scale, and are normalised away.
+
+A quantity f has degree d in a scalar φ if φ · ∂f/∂φ = d · f (Euler's relation), as φ·L has degree
+1 and φ·L / ‖φ·L‖ degree 0. Degrees pass through ops by a small algebra. If the validation loss
+has degree 0, its derivative with respect to φ ≠ 0 is zero, although paths lead there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from typing import Any
+
+from torch import fx
+
+from unrollc.requirements.dependence import Dependence, Key, op_name
+from unrollc.requirements.edges import is_projection
+from unrollc.requirements.zeros import zeros_of
+from unrollc.step import STATE_ROLES, Role
+
+#: A degree; None where Euler's relation is not known to hold.
+Degree = Fraction | None
+
+_ZERO = Fraction(0)
+
+#: f(cx) = c f(x) for c > 0 in the first operand.
+_HOMOGENEOUS = """
+neg t view reshape _unsafe_view expand permute transpose sum mean cumsum slice select index
+index_select gather unsqueeze squeeze alias detach clone _to_copy copy diagonal flip roll repeat
+split split_with_sizes unbind relu leaky_relu abs amax amin max min norm linalg_vector_norm
+avg_pool2d max_pool2d_with_indices _adaptive_avg_pool2d std
+"""
+_LINEAR = frozenset(_HOMOGENEOUS.split())
+_PRODUCTS = frozenset(["mul", "mm", "bmm", "mv", "dot", "ger", "outer", "matmul"])
+_ALIKE = frozenset(["add", "sub", "maximum", "minimum"])
+_POWERS = {
+    "reciprocal": Fraction(-1),
+    "sqrt": Fraction(1, 2),
+    "rsqrt": Fraction(-1, 2),
+    "square": Fraction(2),
+    "var": Fraction(2),
+}
+
+
+def normalised_away(
+    key: Key, steps: Sequence[Dependence], sequence: Sequence[int], val: Dependence
+) -> fx.Node | None:
+    """The op that normalises a scalar meta-parameter away, or None if it is not.
+
+    Args:
+        key: The meta-parameter, a tensor of one element that is not zero.
+        steps: The distinct inner steps.
+        sequence: Which of them runs when.
+        val: The validation loss.
+    """
+    state: dict[Key, Degree] = {}
+    blamed: list[fx.Node] = []
+    known: dict[Any, tuple[dict[Key, Degree], fx.Node | None]] = {}
+    for index in sequence:
+        memo = (index, frozenset(state.items()))
+        if memo not in known:
+            degrees = _degrees(steps[index], key, state)
+            outputs = steps[index].step.outputs_with(*STATE_ROLES)
+            after = {
+                (value.role, value.label): degrees[node]
+                for value, node in outputs
+                if node is not None
+            }
+            known[memo] = (after, _normaliser(steps[index], degrees))
+        state, normaliser = known[memo]
+        blamed.extend([normaliser] if normaliser is not None else [])
+    degrees = _degrees(val, key, state)
+    (loss,) = val.results(Role.LOSS)
+    if degrees[loss] != _ZERO:
+        return None
+    normaliser = _normaliser(val, degrees)
+    return next(iter([*blamed, *([normaliser] if normaliser is not None else [])]), None)
+
+
+def _degrees(graph: Dependence, key: Key, state: Mapping[Key, Degree]) -> dict[fx.Node, Degree]:
+    """The degree of every node in the meta-parameter `key`."""
+    degrees: dict[fx.Node, Degree] = {}
+    for each, node in graph.inputs.items():
+        degrees[node] = Fraction(1) if each == key else state.get(each, _ZERO)
+    zeros = zeros_of(graph.step)
+    for node in graph.step.graph.nodes:
+        if node.op != "call_function":
+            continue
+        if is_projection(node):
+            degrees[node] = degrees[node.args[0]]
+            continue
+        operands = {
+            operand: _ZERO if _constant(graph, operand, node) else degrees[operand]
+            for operand in node.all_input_nodes
+        }
+        if all(degree == _ZERO for degree in operands.values()):
+            degrees[node] = _ZERO
+        else:
+            degrees[node] = _degree(node, operands, zeros)
+    return degrees
+
+
+def _constant(graph: Dependence, operand: fx.Node, node: fx.Node) -> bool:
+    """Whether the op is locally constant in an operand: no result has a derivative in it."""
+    results = [node] if graph.edges.has_edge(operand, node) else list(node.users)
+    cuts = [
+        graph.edges.edges[operand, r]["cut"] for r in results if graph.edges.has_edge(operand, r)
+    ]
+    return bool(cuts) and all(cut is not None for cut in cuts)
+
+
+def _degree(node: fx.Node, operands: Mapping[fx.Node, Degree], zeros: set[fx.Node]) -> Degree:
+    name, args = op_name(node), node.args
+
+    def of(operand: Any) -> Degree:
+        return operands[operand] if isinstance(operand, fx.Node) else _ZERO
+
+    if name in _LINEAR or name.endswith(("_backward", "_backward_data")):
+        others = [degree for operand, degree in operands.items() if operand is not args[0]]
+        return of(args[0]) if all(degree == _ZERO for degree in others) else None
+    if name in _PRODUCTS:
+        return _plus(of(args[0]), of(args[1]))
+    if name == "div":
+        return _plus(of(args[0]), _times(of(args[1]), Fraction(-1)))
+    if name in _POWERS:
+        return _times(of(args[0]), _POWERS[name])
+    if name == "pow":
+        plain = isinstance(args[1], int | float)
+        return _times(of(args[0]), Fraction(args[1])) if plain else None  # type: ignore[arg-type]
+    if name in _ALIKE:
+        return _common(args[:2], of, zeros)
+    if name in ("cat", "stack"):
+        return _common(args[0], of, zeros)  # type: ignore[arg-type]
+    if name == "where":
+        return _common(args[1:3], of, zeros)
+    if name == "masked_fill":
+        return _common((args[0], args[2]), of, zeros)
+    if name == "lerp" and of(args[2]) == _ZERO:
+        return _common(args[:2], of, zeros)
+    if name == "addmm":
+        product = _plus(of(args[1]), of(args[2]))
+        return product if args[0] in zeros or of(args[0]) == product else None
+    return None
+
+
+def _plus(first: Degree, second: Degree) -> Degree:
+    return None if first is None or second is None else first + second
+
+
+def _times(degree: Degree, factor: Fraction) -> Degree:
+    return None if degree is None else degree * factor
+
+
+def _common(operands: Sequence[Any], of: Any, zeros: set[fx.Node]) -> Degree:
+    """The degree that all operands have; zero has every degree."""
+    degrees = {of(x) for x in operands if x not in zeros and x != 0}
+    return degrees.pop() if len(degrees) == 1 else None
+
+
+def _normaliser(graph: Dependence, degrees: Mapping[fx.Node, Degree]) -> fx.Node | None:
+    """The first op of degree zero that smoothly depends on an operand of another degree."""
+    for node in graph.step.graph.nodes:
+        if node.op == "call_function" and degrees[node] == _ZERO and not is_projection(node):
+            for operand in node.all_input_nodes:
+                if degrees[operand] != _ZERO and not _constant(graph, operand, node):
+                    return node  # type: ignore[no-any-return]
+    return None
