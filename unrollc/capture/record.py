@@ -176,7 +176,7 @@ class Recorder(TorchDispatchMode):
 
         def reference(tensor: Tensor) -> fx.Node:
             node = self._nodes[id(tensor)]
-            return node if stop else self._after_stop(node, source)
+            return node if stop else self._after_stop(node)
 
         node_args, node_kwargs = map_tensors(reference, (args, kwargs))
         node = self.graph.call_function(func, node_args, node_kwargs)
@@ -338,14 +338,16 @@ class Recorder(TorchDispatchMode):
             and not torch.is_grad_enabled()
         )
 
-    def _after_stop(self, node: fx.Node, source: Source | None) -> fx.Node:
-        """`node`, behind a ``detach`` where it was computed under ``no_grad``."""
+    def _after_stop(self, node: fx.Node) -> fx.Node:
+        """`node`, behind a ``detach`` of its line where it was computed under ``no_grad``."""
         if node not in self._stopped:
             return node
         stop = self._stopped[node]
         if stop is None:
             stop = self.graph.call_function(aten.detach.default, (node,))
-            stop.meta.update(phase=self.phase, source=source, val=node.meta["val"])
+            stop.meta.update(
+                phase=self.phase, source=node.meta.get("source"), val=node.meta["val"]
+            )
             self._stopped[node] = stop
         return stop
 
@@ -358,7 +360,7 @@ class Recorder(TorchDispatchMode):
         if before is None or after is None or after is before or after not in self._stopped:
             return
         source = self._line()
-        history = self._after_stop(before, source)
+        history = self._after_stop(before)
         kept = self.graph.call_function(ATTACH, (after, history))
         kept.meta.update(phase=self.phase, source=source, val=after.meta["val"])
         self._stopped[after] = kept
