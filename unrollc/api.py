@@ -105,7 +105,11 @@ def check(
     val: Any,
     **options: Any,
 ) -> Requirements:
-    """Decide whether the meta-gradients exist, without differentiating or running anything.
+    """Decide whether the meta-gradients exist, without running anything (GIMLI, §2.4).
+
+    Requirement I: Lval is differentiable in θ_T. II: the update is differentiable in θ, in G and
+    in its state. III: (a) the update, or (b) the inner gradient, is differentiable in the
+    meta-parameter.
 
     Args:
         model, opt, loss: As for `compile`.
@@ -113,6 +117,11 @@ def check(
         options: Further keyword arguments of `compile`.
 
     Returns:
-        `Requirements`: ``.ok``, and a `Verdict` a meta-parameter; a failed one raises nothing.
+        `Requirements`: ``.ok``, a `Verdict` a meta-parameter, ``.derivations``; ``str()`` is a
+        table. A failed verdict raises nothing.
+
+    Raises:
+        InputError: If an argument has the wrong form.
+        CaptureError: If the program cannot be captured or differentiated as a graph.
     """
     return compile(model, opt, loss, **options).check(train, val)

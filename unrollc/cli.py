@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import sys
 from typing import Annotated, Any
@@ -22,14 +23,30 @@ def describe() -> None:
 
 
 @app.command()
-def check(factory: Annotated[str, typer.Argument(help=_FACTORY)]) -> None:
-    """Say whether the meta-gradients exist; exit status 0 if all do, 1 if not."""
+def check(
+    factory: Annotated[str, typer.Argument(help=_FACTORY)],
+    as_json: Annotated[bool, typer.Option("--json", help="Print plain data.")] = False,
+    derivations: Annotated[
+        bool, typer.Option("--derivations", help="Add the derivatives of the update.")
+    ] = False,
+    latex: Annotated[bool, typer.Option("--latex", help="Write them in LaTeX.")] = False,
+) -> None:
+    """Say whether the meta-gradients exist; exit status 0 if all do, 1 if not.
+
+    Exit status 2 means that the program cannot be loaded or captured.
+    """
     try:
         requirements = api.check(*_load(factory))
     except api.UnrollcError as error:
         typer.echo(f"{type(error).__name__}: {error}", err=True)
         raise typer.Exit(2) from error
-    typer.echo(str(requirements))
+    found = requirements.derivations if derivations or latex else ()
+    texts = [each.latex if latex else each.text for each in found]
+    if as_json:
+        data: dict[str, Any] = {"ok": requirements.ok, "verdicts": requirements.to_dict()}
+        typer.echo(json.dumps({**data, **({"derivations": texts} if texts else {})}, indent=2))
+    else:
+        typer.echo("\n\n".join([str(requirements), *texts]))
     raise typer.Exit(0 if requirements.ok else 1)
 
 

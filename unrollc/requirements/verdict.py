@@ -116,7 +116,10 @@ class Requirements:
         """
         from unrollc.requirements.calculus import derive  # sympy is slow to import
 
-        return tuple(dict.fromkeys(each for step in self.steps for each in derive(step)))
+        found: list[Derivation] = []
+        for step in self.steps:
+            found += [derivation for derivation in derive(step) if derivation not in found]
+        return tuple(found)
 
     @property
     def failed(self) -> list[Verdict]:
