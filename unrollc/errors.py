@@ -23,10 +23,10 @@ class Source:
 
     @property
     def short(self) -> str:
-        """``model.py:41``, or the module's name where there is no line of the user's."""
+        """``model.py:41``, or ``module net.0`` where there is no line of the user's."""
         if self.file:
             return f"{self.file.replace(chr(92), '/').rsplit('/', 1)[-1]}:{self.line}"
-        return self.module
+        return f"module {self.module}"
 
     def __str__(self) -> str:
         place = f"{self.file}:{self.line}" if self.file else f"module {self.module!r}"

@@ -6,7 +6,9 @@ which roles stand among their inputs and outputs. Node metadata:
 
 * ``node.meta["val"]``: a fake tensor with the value's shape, dtype, device and storage;
 * ``node.meta["phase"]``: the `Phase` that the value belongs to;
-* ``node.meta["source"]``: the user's line (`errors.Source`), or None.
+* ``node.meta["source"]``: the user's line (`errors.Source`), or None;
+* ``node.meta["removable"]``: of a root in the update, why a zero cotangent at its zero gives a zero
+  derivative, where that is proved; ``node.meta["nonsingular"]``: why its argument is never zero.
 """
 
 from __future__ import annotations

@@ -486,7 +486,7 @@ def test_a_row_for_each_parameter_and_each_requirement() -> None:
         val_loss=F.cross_entropy,
     )
     text = str(found)
-    for words in ("I: Lval", "II: opt", "IIIa: opt", "IIIb: G", "holds a.e.", "exists", "zero"):
+    for words in ("I: Lval", "II: opt", "IIIa: opt", "IIIb: G", "a.e.: holds almost everywhere", "exists", "zero"):
         assert words in text
     assert max(map(len, text.splitlines())) <= 110
     data = found.to_dict()["loss.phi"]

@@ -13,8 +13,20 @@ from unrollc.requirements.findings import requirement_i, requirement_ii
 from unrollc.requirements.judge import Facts, MetaParameter, judge
 from unrollc.requirements.present import present_slopes
 from unrollc.requirements.reach import Graphs
+from unrollc.requirements.singular import NEVER, removable
 from unrollc.requirements.verdict import Requirements
 from unrollc.step import StepGraph
+
+
+def settle_singularities(steps: Sequence[StepGraph]) -> None:
+    """Mark the roots of the updates that calculus decides, for verdicts and differentiation.
+
+    ``node.meta["removable"]`` says why the derivative has a limit where the root's argument is
+    zero, ``node.meta["nonsingular"]`` why it never is.
+    """
+    for step in steps:
+        for node, reason in removable(step).items():
+            node.meta["nonsingular" if reason.startswith(NEVER) else "removable"] = reason
 
 
 def check_requirements(

@@ -7,6 +7,7 @@ has several results. Whether it carries a derivative is found by differentiating
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -74,6 +75,27 @@ class Dependence:
             if node is not None and (value.role, value.label) in live
         ]
 
+    @functools.cached_property
+    def zeros(self) -> set[fx.Node]:
+        """Nodes whose values are zero by structure."""
+        return zeros_of(self.step)
+
+    @functools.cached_property
+    def influence(self) -> dict[fx.Node, int]:
+        """For each node the set of inputs that it depends on, differentiably or not.
+
+        The set is an integer with one bit for each placeholder, in order.
+        """
+        found: dict[fx.Node, int] = {}
+        for bit, node in enumerate(self.step.placeholders):
+            found[node] = 1 << bit
+        for node in self.step.graph.nodes:
+            if node.op != "placeholder":
+                found[node] = 0
+                for source in self.edges.predecessors(node):
+                    found[node] |= found[source]
+        return found
+
     @property
     def gradients(self) -> list[fx.Node]:
         """The inner gradients of the fast weights."""
@@ -89,6 +111,16 @@ class Dependence:
     def into_gradient(self) -> set[fx.Node]:
         """What reaches an inner gradient."""
         return sources_of(self.smooth, self.gradients)
+
+    @functools.cached_property
+    def acting_on_gradient(self) -> set[fx.Node]:
+        """What an inner gradient depends on, differentiably or not."""
+        return sources_of(self.edges, self.gradients)
+
+    @functools.cached_property
+    def acting_on_result(self) -> set[fx.Node]:
+        """What the new state or the loss depends on, differentiably or not."""
+        return sources_of(self.edges, self.results(*STATE_ROLES, Role.LOSS))
 
     @functools.cached_property
     def direct(self) -> nx.DiGraph:
@@ -115,7 +147,8 @@ def dependence(
     saturated = saturated or {}
     edges = nx.DiGraph()
     edges.add_nodes_from(step.graph.nodes)
-    zeros = zeros_of(step)
+    graph = Dependence(step, edges)
+    zeros = graph.zeros
     for node in step.graph.nodes:
         if node.op != "call_function" or is_projection(node):
             continue
@@ -129,7 +162,7 @@ def dependence(
                 elif (operand, node) in saturated:
                     reason = saturated[operand, node]
                 edges.add_edge(operand, result, cut=reason)
-    return Dependence(step, edges)
+    return graph
 
 
 def _reason(node: fx.Node, operand: fx.Node, result: fx.Node, zeros: set[fx.Node]) -> str:
@@ -162,6 +195,23 @@ def sources_of(edges: nx.DiGraph, targets: Iterable[fx.Node]) -> set[fx.Node]:
 def reached_from(edges: nx.DiGraph, sources: Iterable[fx.Node]) -> set[fx.Node]:
     """Every node with a path from one of `sources`, these included."""
     return sources_of(edges.reverse(copy=False), sources)
+
+
+def shortest_path(
+    edges: nx.DiGraph, starts: Sequence[fx.Node], ends: Sequence[fx.Node]
+) -> tuple[str, ...]:
+    """The ops of a shortest path from one of `starts` to one of `ends`, with their lines.
+
+    Ops that follow each other with one name on one line stand once.
+    """
+    reached = nx.multi_source_dijkstra_path(edges, {n for n in starts if n in edges})
+    found = min((reached[end] for end in ends if end in reached), key=len, default=[])
+    words = []
+    for node in found:
+        if node.op == "call_function":
+            source: Source | None = node.meta.get("source")
+            words.append(op_name(node) + (f" ({source.short})" if source else ""))
+    return tuple(word for word, _ in itertools.groupby(words))
 
 
 def minimal_cut(

@@ -115,14 +115,13 @@ def _ruling(parameter: MetaParameter, facts: Facts, a: Finding, b: Finding) -> _
         return _severed(parameter, facts, a, b)
     for graph, edges in zip(facts.graphs.all, facts.infinite, strict=True):
         start = graph.inputs.get(parameter.key)
-        on_it = on_the_way(graph, start, list(edges)) if start is not None else []
+        on_it = on_the_way(graph, start, list(edges)) if start is not None and edges else []
         for singular in on_it[:1]:
             where = singular[1].meta.get("source")
             return _Ruling("undefined", edges[singular], where, _SINGULAR_REMEDY)
     value = facts.values.get(parameter.key)
     if value is not None and value.numel() == 1 and value.device.type != "meta" and value.any():
-        graphs = facts.graphs
-        op = normalised_away(parameter.key, graphs.steps, graphs.sequence, graphs.val)
+        op = normalised_away(parameter.key, facts.graphs)
         if op is not None:
             reason = "it only scales, and the scale is divided out again: its derivative is zero"
             return _Ruling("zero", reason, op.meta.get("source"), _SCALE_REMEDY)

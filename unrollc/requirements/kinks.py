@@ -12,7 +12,7 @@ from typing import Any
 from torch import fx
 
 from unrollc.errors import Source
-from unrollc.requirements.dependence import Dependence, op_name, reached_from, sources_of
+from unrollc.requirements.dependence import Dependence, op_name
 from unrollc.requirements.edges import is_projection
 from unrollc.step import Phase, Role
 
@@ -32,10 +32,7 @@ class Kink:
     where: Source | None
 
     def __str__(self) -> str:
-        if self.where is None:
-            return f"{self.op} at {self.at}"
-        place = self.where.short if self.where.file else f"module {self.where.module!r}"
-        return f"{self.op} at {self.at} ({place})"
+        return f"{self.op} at {self.at}" + (f" ({self.where.short})" if self.where else "")
 
 
 _TIES = "ties"
@@ -104,45 +101,50 @@ KINKS: dict[str, str] = {
 #: Position of the operand that decides which branch a selection takes.
 _SELECTIONS = {"where": 0, "masked_fill": 1}
 
-
 #: Roles of what is known as a number.
 _NUMBERS = (Role.HYPER, Role.CONSTANT)
 
 
 def kinks_between(
-    graph: Dependence,
-    starts: Sequence[fx.Node],
-    ends: Sequence[fx.Node],
-    phases: Sequence[Phase],
+    graph: Dependence, starts: Sequence[fx.Node], within: set[fx.Node], phases: Sequence[Phase]
 ) -> tuple[Kink, ...]:
-    """The kinks of what depends on `starts` and acts on `ends`, one for each op and line.
+    """The kinks of what depends on `starts`, one for each op and line.
 
     Args:
         graph: The dependence graph.
-        starts, ends: Nodes.
-        phases: Where to look. Singular ops whose limit exists (``removable``) are no kinks.
+        starts: Inputs of it.
+        within: Where to look: what acts on the results of interest.
+        phases: Likewise. Roots that are known to be smooth there are no kinks.
     """
-    moving = reached_from(graph.edges, starts)
-    between = moving & sources_of(graph.edges, ends)
+    moving = 0
+    for start in starts:
+        moving |= graph.influence[start]
     found: dict[Kink, None] = {}
     for node in graph.step.graph.nodes:
-        if node not in between or node.op != "call_function" or "removable" in node.meta:
+        if node.op != "call_function" or not graph.influence[node] & moving:
+            continue
+        if node not in within or node.meta["phase"] not in phases:
+            continue
+        if "removable" in node.meta or "nonsingular" in node.meta:
             continue
         origin: Any = node.args[0] if is_projection(node) else node
-        if origin.meta["phase"] in phases and (at := _kink(graph, origin, moving)) is not None:
+        if (at := _kink(graph, origin, moving)) is not None:
             found[Kink(op_name(origin), at, origin.meta.get("source"))] = None
     return tuple(found)
 
 
-def _kink(graph: Dependence, node: fx.Node, moving: set[fx.Node]) -> str | None:
+def _kink(graph: Dependence, node: fx.Node, moving: int) -> str | None:
     name = op_name(node)
-    if name in _SELECTIONS and node.args[_SELECTIONS[name]] not in moving:
+    if name not in KINKS and name != "pow":
         return None
+    if name in _SELECTIONS:
+        condition: Any = node.args[_SELECTIONS[name]]
+        return KINKS[name] if graph.influence[condition] & moving else None
     if name == "pow" and not (isinstance(node.args[1], float) and 0 < node.args[1] < 1):
         return None
-    if name in ("sqrt", "pow") and _bounded_away(graph, node.args[0]):
-        return None
-    return KINKS["sqrt" if name == "pow" else name] if name in (*KINKS, "pow") else None
+    if name in ("sqrt", "pow"):
+        return None if _bounded_away(graph, node.args[0]) else KINKS["sqrt"]
+    return KINKS[name]
 
 
 def _bounded_away(graph: Dependence, operand: Any) -> bool:
@@ -151,9 +153,11 @@ def _bounded_away(graph: Dependence, operand: Any) -> bool:
     It does as a sum with a positive number, as in ``sqrt(x + eps)``. What depends on
     hyperparameters and counters alone is judged at their present values (see `present`).
     """
-    inputs = {n for n in sources_of(graph.edges, [operand]) if n.op == "placeholder"}
-    of_data = {node for (role, _), node in graph.inputs.items() if role not in _NUMBERS}
-    if not any(node in of_data and not node.meta.get("counter") for node in inputs):
+    of_data = 0
+    for (role, _), node in graph.inputs.items():
+        if role not in _NUMBERS and not node.meta.get("counter"):
+            of_data |= graph.influence[node]
+    if not graph.influence[operand] & of_data:
         return True
     return (
         isinstance(operand, fx.Node)

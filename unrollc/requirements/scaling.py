@@ -15,7 +15,7 @@ from torch import fx
 
 from unrollc.requirements.dependence import Dependence, Key, op_name
 from unrollc.requirements.edges import is_projection
-from unrollc.requirements.zeros import zeros_of
+from unrollc.requirements.reach import Graphs
 from unrollc.step import STATE_ROLES, Role
 
 #: A degree; None where Euler's relation is not known to hold.
@@ -42,61 +42,68 @@ _POWERS = {
 }
 
 
-def normalised_away(
-    key: Key, steps: Sequence[Dependence], sequence: Sequence[int], val: Dependence
-) -> fx.Node | None:
+def normalised_away(key: Key, graphs: Graphs) -> fx.Node | None:
     """The op that normalises a scalar meta-parameter away, or None if it is not.
 
     Args:
         key: The meta-parameter, a tensor of one element that is not zero.
-        steps: The distinct inner steps.
-        sequence: Which of them runs when.
-        val: The validation loss.
+        graphs: The captured program.
     """
     state: dict[Key, Degree] = {}
-    blamed: list[fx.Node] = []
+    blamed: list[fx.Node | None] = []
     known: dict[Any, tuple[dict[Key, Degree], fx.Node | None]] = {}
-    for index in sequence:
+    for index in graphs.sequence:
         memo = (index, frozenset(state.items()))
         if memo not in known:
-            degrees = _degrees(steps[index], key, state)
-            outputs = steps[index].step.outputs_with(*STATE_ROLES)
-            after = {
-                (value.role, value.label): degrees[node]
-                for value, node in outputs
-                if node is not None
-            }
-            known[memo] = (after, _normaliser(steps[index], degrees))
+            known[memo] = _after(graphs.steps[index], key, state)
         state, normaliser = known[memo]
-        blamed.extend([normaliser] if normaliser is not None else [])
-    degrees = _degrees(val, key, state)
-    (loss,) = val.results(Role.LOSS)
-    if degrees[loss] != _ZERO:
+        blamed.append(normaliser)
+        if any(degree is None and each in graphs.live for each, degree in state.items()):
+            return None
+    degrees = _degrees(graphs.val, key, state)
+    (loss,) = graphs.val.results(Role.LOSS)
+    if degrees.get(loss, _ZERO) != _ZERO:
         return None
-    normaliser = _normaliser(val, degrees)
-    return next(iter([*blamed, *([normaliser] if normaliser is not None else [])]), None)
+    blamed.append(_normaliser(graphs.val, degrees))
+    return next((node for node in blamed if node is not None), None)
+
+
+def _after(
+    graph: Dependence, key: Key, state: Mapping[Key, Degree]
+) -> tuple[dict[Key, Degree], fx.Node | None]:
+    """The state's degrees after a step, and the op that normalised, if one did."""
+    degrees = _degrees(graph, key, state)
+    after = {
+        (value.role, value.label): degrees[node]
+        for value, node in graph.step.outputs_with(*STATE_ROLES)
+        if node is not None and degrees.get(node, _ZERO) != _ZERO
+    }
+    return after, _normaliser(graph, degrees)
 
 
 def _degrees(graph: Dependence, key: Key, state: Mapping[Key, Degree]) -> dict[fx.Node, Degree]:
-    """The degree of every node in the meta-parameter `key`."""
+    """The degrees in the meta-parameter `key`; a node that is missing has degree zero."""
     degrees: dict[fx.Node, Degree] = {}
+    moving = 0
     for each, node in graph.inputs.items():
-        degrees[node] = Fraction(1) if each == key else state.get(each, _ZERO)
-    zeros = zeros_of(graph.step)
+        degree = Fraction(1) if each == key else state.get(each, _ZERO)
+        if degree != _ZERO:
+            degrees[node] = degree
+            moving |= graph.influence[node]
     for node in graph.step.graph.nodes:
-        if node.op != "call_function":
+        if node.op != "call_function" or not graph.influence[node] & moving:
             continue
         if is_projection(node):
-            degrees[node] = degrees[node.args[0]]
+            degrees[node] = degrees.get(node.args[0], _ZERO)
             continue
         operands = {
-            operand: _ZERO if _constant(graph, operand, node) else degrees[operand]
+            operand: _ZERO if _constant(graph, operand, node) else degrees.get(operand, _ZERO)
             for operand in node.all_input_nodes
         }
-        if all(degree == _ZERO for degree in operands.values()):
-            degrees[node] = _ZERO
+        if any(degree != _ZERO for degree in operands.values()):
+            degrees[node] = _degree(node, operands, graph.zeros)
         else:
-            degrees[node] = _degree(node, operands, zeros)
+            degrees[node] = _ZERO
     return degrees
 
 
@@ -159,9 +166,10 @@ def _common(operands: Sequence[Any], of: Any, zeros: set[fx.Node]) -> Degree:
 
 def _normaliser(graph: Dependence, degrees: Mapping[fx.Node, Degree]) -> fx.Node | None:
     """The first op of degree zero that smoothly depends on an operand of another degree."""
-    for node in graph.step.graph.nodes:
-        if node.op == "call_function" and degrees[node] == _ZERO and not is_projection(node):
+    for node, degree in degrees.items():
+        if degree == _ZERO and not is_projection(node):
             for operand in node.all_input_nodes:
-                if degrees[operand] != _ZERO and not _constant(graph, operand, node):
-                    return node  # type: ignore[no-any-return]
+                moving = degrees.get(operand, _ZERO) != _ZERO
+                if moving and not _constant(graph, operand, node):
+                    return node
     return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -30,12 +30,19 @@ class Finding:
         reason: The path that proves it, or what cuts it.
         where: The user's line, if one is to blame.
         kinks: Where the derivative jumps or is infinite; then it holds almost everywhere.
+        trace: Finds `path`.
     """
 
     holds: bool | None
     reason: str
     where: Source | None = None
     kinks: tuple[Kink, ...] = ()
+    trace: Callable[[], tuple[str, ...]] | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def path(self) -> tuple[str, ...]:
+        """The proof of a finding that holds: the ops of a differentiable path, with their lines."""
+        return self.trace() if self.trace is not None else ()
 
     def __str__(self) -> str:
         if self.holds and self.kinks:
@@ -74,6 +81,17 @@ class Verdict:
         """Where the meta-gradient jumps or does not exist; a set of measure zero."""
         findings = (self.I, self.II, self.IIIa, self.IIIb)
         return tuple(dict.fromkeys(kink for finding in findings for kink in finding.kinks))
+
+    @property
+    def proof(self) -> str:
+        """The findings that hold, each with the ops of a differentiable path, a line each."""
+        lines = []
+        for name in _REQUIREMENTS:
+            finding: Finding = getattr(self, name)
+            if finding.holds:
+                path = " → ".join(finding.path)
+                lines.append(f"{name}: {finding.reason}" + (f": {path}" if path else ""))
+        return "\n".join(lines)
 
     def error(self) -> RequirementError:
         """The error that a failed verdict raises."""
@@ -188,6 +206,10 @@ class Requirements:
         out = io.StringIO()
         console = Console(file=out, width=_WIDTH, color_system=None)
         console.print(self._parameters())
+        if any(v.kinks for v in self):
+            console.print(
+                "a.e.: holds almost everywhere; the kinks are listed below", highlight=False
+            )
         if self.verdicts:
             console.print(self._requirements())
         for kink in dict.fromkeys(kink for v in self for kink in v.kinks):
@@ -197,7 +219,9 @@ class Requirements:
     def _parameters(self) -> Table:
         """A row for each meta-parameter."""
         table = Table(title="Requirements (GIMLI §2.4)", title_justify="left")
-        for column in ("meta-parameter", "gradient", *_REQUIREMENTS, "reason"):
+        labels = max((len(v.label) for v in self), default=0)
+        table.add_column("meta-parameter", overflow="fold", min_width=min(labels, _LABEL_WIDTH))
+        for column in ("gradient", *_REQUIREMENTS, "reason"):
             table.add_column(column, overflow="fold")
         for v in self:
             status = v.status if v.requested else f"{v.status}, not requested"
@@ -224,6 +248,7 @@ class Requirements:
 
 
 _WIDTH = 110
+_LABEL_WIDTH = 32
 
 #: The requirements in the paper's words, shortened.
 _REQUIREMENTS = {
@@ -235,7 +260,7 @@ _REQUIREMENTS = {
 
 
 def _short(finding: Finding) -> str:
-    return str(finding).replace("almost everywhere", "a.e.")
+    return "a.e." if finding.holds and finding.kinks else str(finding)
 
 
 def _with_line(reason: str, where: Source | None) -> str:
@@ -256,5 +281,6 @@ def _finding(finding: Finding) -> dict[str, Any]:
         "verdict": str(finding),
         "reason": finding.reason,
         "where": str(finding.where) if finding.where else None,
+        "path": list(finding.path),
         "kinks": [_plain(kink.op, kink.at, kink.where) for kink in finding.kinks],
     }

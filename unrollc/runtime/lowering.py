@@ -21,7 +21,7 @@ from unrollc.optimize.simplify import simplify
 from unrollc.plan.memory import MemoryPlan, plan_memory
 from unrollc.plan.pieces import Pieces
 from unrollc.plan.schedule import forward_only, keep_all
-from unrollc.requirements.check import check_requirements
+from unrollc.requirements.check import check_requirements, settle_singularities
 from unrollc.requirements.judge import MetaParameter
 from unrollc.requirements.verdict import Requirements
 from unrollc.runtime.adjoints import Differentiated, confirmed, differentiated
@@ -132,6 +132,7 @@ def capture(
     )
     requested = frozenset(m.label for m in early if m.role is Role.HYPER)
     loop = capture_loop(problem, stock, train, extra, requested, names)
+    settle_singularities(loop.steps)
     graph, lifted = capture_val(problem, stock, val, loop, names)
     known = candidates(stock, train, val, lifted)
     meta = resolve_meta(options, known, train.steps, complete=True)
