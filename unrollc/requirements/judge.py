@@ -151,6 +151,8 @@ def _severed(parameter: MetaParameter, facts: Facts, a: Finding, b: Finding) -> 
         named = ", ".join(states[:3]) + (", …" if len(states) > 3 else "")
         reason = f"it reaches {named} alone, on which Lval does not depend"
         return _Ruling("zero", reason, None, _UNUSED_REMEDY)
+    if a.holds:
+        return _Ruling("zero", _ONLY_STATE, None, _UNUSED_REMEDY)
     reason = "neither the inner steps nor the validation loss depend on it"
     return _Ruling("zero", reason, None, _UNUSED_REMEDY)
 
@@ -198,7 +200,10 @@ def _ways(parameter: MetaParameter, facts: Facts, a: Finding, b: Finding) -> str
 
 
 _ADDITIVE = "it adds to the inner loss a term that does not depend on the weights"
-_UNREAD = "the update does not use it (optimizers skip parameters without an inner gradient)"
+_UNREAD = (
+    "no step computes with it (a branch that is not taken, or parameters without inner gradient)"
+)
+_ONLY_STATE = "it reaches optimizer state alone, which no later step hands on to the weights"
 _I_REMEDY = "use a differentiable validation loss of the adapted weights (a proxy metric)"
 _PYTHON_REMEDY = "keep it a tensor (x ** 0.5 for math.sqrt(x), no float() or .item()), away from 0"
 _CONTINUOUS_REMEDY = "make it a floating-point tensor, or leave it out of meta="

@@ -97,7 +97,7 @@ def root_verdicts(step: StepGraph) -> dict[fx.Node, RootVerdict]:
             part = _with_invariants(update, ends, results)
             parts[key] = part, part.signature
         part, signature = parts[key]
-        place = (signature, part.nodes.index(root)) if root in part.nodes else root
+        place = (signature, part.numbers[root]) if ends else root
         if place not in proofs:
             proofs[place] = _prove(part, root, reached, [n for _, n in ends])
         found[root] = proofs[place]

@@ -7,6 +7,7 @@ are analysed once.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -53,23 +54,38 @@ class UpdateSlice:
     results: tuple[tuple[Value, fx.Node], ...]
     constants: dict[str, Tensor]
 
-    @property
+    @functools.cached_property
+    def numbers(self) -> dict[fx.Node, int]:
+        """The nodes, numbered by how the results lead to them; order of execution is no matter."""
+        number: dict[fx.Node, int] = {}
+        stack = [node for _, node in reversed(self.results)]
+        while stack:
+            node = stack[-1]
+            sources = [] if node in self.leaves else node.all_input_nodes
+            waiting = [source for source in sources if source not in number]
+            if waiting and node not in number:
+                stack.extend(reversed(waiting))
+            else:
+                number.setdefault(stack.pop(), len(number))
+        return number
+
+    @functools.cached_property
     def signature(self) -> tuple[Any, ...]:
         """Equal for slices that differ in whose tensors they compute with."""
-        number: dict[fx.Node, int] = {}
+        number = self.numbers
         owners: dict[str, int] = {}
         rows: list[Any] = []
-        for node, leaf in self.leaves.items():
-            number[node] = len(number)
-            owner = owners.setdefault(leaf.owner, len(owners))
-            constant = self.constants.get(node.name)
-            fixed = "" if constant is None else repr(constant.tolist())
-            rows.append((leaf.role, owner, leaf.key, is_counter(node), fixed, _kind(node)))
-        for node in self.nodes:
-            number[node] = len(number)
-            local: Any = lambda n: _Local(number[n])  # noqa: E731
-            arguments = fx.map_arg((node.args, node.kwargs), local)
-            rows.append((node.target, repr(arguments), _kind(node)))
+        local: Any = lambda n: _Local(number[n])  # noqa: E731
+        for node in number:
+            leaf = self.leaves.get(node)
+            if leaf is None:
+                arguments = fx.map_arg((node.args, node.kwargs), local)
+                rows.append((node.target, repr(arguments), _kind(node)))
+            else:
+                owner = owners.setdefault(leaf.owner, len(owners))
+                constant = self.constants.get(node.name)
+                fixed = "" if constant is None else repr(constant.tolist())
+                rows.append((leaf.role, owner, leaf.key, is_counter(node), fixed, _kind(node)))
         ends = tuple((v.role, owner_and_key(v)[1], number[node]) for v, node in self.results)
         return (tuple(rows), ends)
 

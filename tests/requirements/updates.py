@@ -1,0 +1,52 @@
+"""Captured updates for tests, and their derivations evaluated at points."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import sympy
+
+from unrollc.requirements.calculus import derive
+from unrollc.requirements.derivation import Derivation
+
+_GENERATOR = Path(__file__).resolve().parents[2] / "docs" / "generate_derivatives.py"
+
+
+def load_generator() -> Any:
+    """The module that writes docs/optimizer_derivatives.md."""
+    spec = importlib.util.spec_from_file_location("generate_derivatives", _GENERATOR)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+generator = load_generator()
+captured = generator.captured
+
+
+def derived(optimizer: Any, *, steps: int = 3, which: int = -1, **settings: Any) -> Derivation:
+    """The derivation of one of an optimizer's distinct steps."""
+    (found,) = derive(captured(optimizer, steps=steps, **settings)[which])
+    return found
+
+
+def evaluated(derivation: Derivation, values: Mapping[str, float]) -> dict[Any, float]:
+    """All names of a derivation as numbers.
+
+    Args:
+        derivation: The derivation.
+        values: Its inputs by key.
+    """
+    known = {symbol: values[key] for key, symbol in derivation.inputs.items()}
+    for definition in derivation.definitions:
+        known[definition.symbol] = number(definition.value, known)
+    return known
+
+
+def number(expression: Any, known: Mapping[Any, float]) -> float:
+    """An expression at a point."""
+    return float(sympy.sympify(expression).subs(known))
