@@ -8,7 +8,6 @@ and ``step()`` is called. What the step does in place, functionalization makes p
 from __future__ import annotations
 
 import inspect
-import sys
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,10 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from unrollc.capture.record import Recorder
+from unrollc.capture.scalars import ScalarSlots, extremes_of_tensors
 from unrollc.errors import CaptureError
 
 #: Flags that choose between implementations of one update; the plain one is captured.
@@ -173,7 +172,7 @@ def run_user_update(
     before = {label: tensor for label, tensor in tensors.items()}
     for label, parameter in by_label.items():
         parameter.grad = gradients.get(label)
-    with ScalarSlots(recorder), torch.no_grad():
+    with ScalarSlots(recorder), extremes_of_tensors(type(opt), recorder), torch.no_grad():
         type(opt).step(twin)
     _check_groups(twin, before)
     return read_layout(twin, traced_owners)
@@ -211,114 +210,3 @@ def _check_groups(twin: torch.optim.Optimizer, before: Mapping[str, Tensor]) -> 
                         "state belongs into optimizer.state",
                         remedy="keep the value in self.state[parameter]",
                     )
-
-
-class ScalarSlots(TorchFunctionMode):
-    """Makes the scalar slots of in-place arithmetic transparent to tensors.
-
-    ``p.add_(g, alpha=lr)`` reads the number out of a tensor `lr` and cuts its gradient; here it
-    becomes ``p.add_(g * lr)``. Step counters read by ``.item()`` go on as 0-dim float64 tensors,
-    which round as Python numbers do, so that one graph serves every step.
-    """
-
-    def __init__(self, recorder: Recorder) -> None:
-        super().__init__()
-        self._recorder = recorder
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        name = name if name.startswith("__") else name.rstrip("_")
-        if name == "item" and not _asks_for_number() and self._is_counter(args[0]):
-            return args[0].to(torch.float64)
-        if name == "__bool__":
-            asked = args[0] if args[0].dtype is torch.bool else args[0] != 0
-            return bool(torch.ops.aten._local_scalar_dense.default(asked))
-        if name in ("__float__", "__int__", "__index__"):
-            number = torch.ops.aten._local_scalar_dense.default(args[0])
-            return float(number) if name == "__float__" else int(number)
-        rewrite = _SLOTS.get(name)
-        if rewrite is not None and any(isinstance(kwargs.get(s), Tensor) for s in _SLOT_NAMES):
-            in_place = getattr(func, "__name__", "").endswith("_")
-            result = rewrite(*args, **kwargs)
-            if in_place:
-                return args[0].copy_(result)
-            if kwargs.get("out") is not None:
-                return kwargs["out"].copy_(result)
-            return result
-        if name == "lerp":
-            args, kwargs = _same_dtype_weight(args, kwargs)
-        return func(*args, **kwargs)
-
-    def _is_counter(self, tensor: Tensor) -> bool:
-        """Whether the value is known and no hyperparameter had a part in it."""
-        node = self._recorder.node_of(tensor)
-        return node is not None and node in self._recorder.concrete and not self._tuned(node)
-
-    def _tuned(self, node: torch.fx.Node) -> bool:
-        stack, seen = [node], set()
-        while stack:
-            current = stack.pop()
-            if current in seen:
-                continue
-            seen.add(current)
-            if current.meta.get("hyper"):
-                return True
-            stack.extend(current.all_input_nodes)
-        return False
-
-
-def _asks_for_number() -> bool:
-    """Whether ``.item()`` is called by ``bool(tensor)`` and the like, which need a number."""
-    return sys._getframe(2).f_code.co_name in ("__bool__", "__float__", "__int__", "__index__")
-
-
-def _same_dtype_weight(args: Any, kwargs: Any) -> Any:
-    """``lerp`` wants a tensor weight of the operands' dtype."""
-    if len(args) > 2 and isinstance(args[2], Tensor):
-        return (*args[:2], args[2].to(args[0].dtype)), kwargs
-    if isinstance(kwargs.get("weight"), Tensor):
-        return args, {**kwargs, "weight": kwargs["weight"].to(args[0].dtype)}
-    return args, kwargs
-
-
-def _scaled(factor: Any, x: Any) -> Any:
-    return x if isinstance(factor, int | float) and factor == 1 else x * factor
-
-
-def _add(x: Any, y: Any, *, alpha: Any = 1, out: Any = None) -> Any:
-    return x + _scaled(alpha, y)
-
-
-def _sub(x: Any, y: Any, *, alpha: Any = 1, out: Any = None) -> Any:
-    return x - _scaled(alpha, y)
-
-
-def _addcmul(x: Any, y: Any, z: Any, *, value: Any = 1, out: Any = None) -> Any:
-    return x + _scaled(value, y) * z
-
-
-def _addcdiv(x: Any, y: Any, z: Any, *, value: Any = 1, out: Any = None) -> Any:
-    return x + _scaled(value, y) / z
-
-
-def _product(multiply: Any) -> Any:
-    def rewritten(x: Any, y: Any, z: Any, *, beta: Any = 1, alpha: Any = 1, out: Any = None) -> Any:
-        return _scaled(beta, x) + _scaled(alpha, multiply(y, z))
-
-    return rewritten
-
-
-#: ``op(…, slot=tensor)`` by plain arithmetic: one row an op.
-_SLOTS = {
-    "add": _add,
-    "sub": _sub,
-    "subtract": _sub,
-    "addcmul": _addcmul,
-    "addcdiv": _addcdiv,
-    "addmm": _product(torch.matmul),
-    "addmv": _product(torch.matmul),
-    "baddbmm": _product(torch.matmul),
-    "addr": _product(torch.outer),
-}
-_SLOT_NAMES = ("alpha", "beta", "value")

@@ -24,6 +24,7 @@ from unrollc.differentiate.adjoint import (
     differentiable_inputs,
     finish,
 )
+from unrollc.differentiate.guarded import guards_of
 from unrollc.differentiate.replay import _EQUIVALENTS, Replay, calls, is_projection, start
 from unrollc.differentiate.reverse import vector_jacobian
 from unrollc.step import STATE_ROLES, Phase, Role, StepGraph
@@ -110,7 +111,7 @@ def _update_products(
         for value, node in step.outputs_with(Role.GRADIENT)
         if value.of is Role.THETA and node is not None
     }
-    update = Replay(recorder)
+    update = Replay(recorder, guards_of(step))
     update.values = {
         node: tensor.detach() if isinstance(tensor, Tensor) else tensor
         for node, tensor in replay.values.items()

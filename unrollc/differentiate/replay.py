@@ -12,6 +12,7 @@ from torch.autograd import Function
 
 from unrollc.capture.record import Recorder
 from unrollc.capture.source import SourceFinder
+from unrollc.differentiate.guarded import Guards, dropped, is_elementwise
 from unrollc.step import ATTACH, Phase, StepGraph
 
 aten = torch.ops.aten
@@ -31,6 +32,43 @@ class _Attach(Function):
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[None, Tensor]:
         return None, cotangent
+
+
+class _Watched(Function):
+    """A value that notes its cotangent."""
+
+    @staticmethod
+    def forward(value: Tensor, seen: list[Tensor]) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.seen = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None]:
+        ctx.seen.append(cotangent)
+        return cotangent, None
+
+
+class _Gated(Function):
+    """A value whose cotangent passes a gate."""
+
+    @staticmethod
+    def forward(value: Tensor, gate: Callable[[Tensor], Tensor]) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.gate = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None]:
+        return ctx.gate(cotangent), None
+
+
+_watched: Callable[..., Tensor] = _Watched.apply
+_gated: Callable[..., Tensor] = _Gated.apply
 
 
 def _batch_norm(
@@ -109,11 +147,13 @@ class Replay:
 
     Attributes:
         values: What each node executed so far stands for.
+        guards: Singular ops whose dropped entries get no cotangent (`guarded`).
     """
 
-    def __init__(self, recorder: Recorder) -> None:
+    def __init__(self, recorder: Recorder, guards: Guards | None = None) -> None:
         self.recorder = recorder
         self.values: dict[fx.Node, Any] = {}
+        self.guards = guards or {}
 
     def bind(self, nodes: Iterable[fx.Node], tensors: Iterable[Tensor]) -> None:
         """Give placeholders their tensors."""
@@ -136,10 +176,45 @@ class Replay:
         kwargs = fx.map_arg(node.kwargs, self.values.__getitem__)
         return args, kwargs
 
-    @staticmethod
-    def call(node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def call(self, node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         target: Any = _EQUIVALENTS.get(node.target, node.target)
+        if torch.is_grad_enabled() and is_elementwise(node):
+            if node.meta.get("removable"):
+                seen: list[Tensor] = []
+                operands = _behind_gates(node, args, lambda g: _zero_where_zero(g, seen[0]))
+                return _watched(target(*operands, **kwargs), seen)
+            if selections := self.guards.get(node):
+                values = self.values
+                args = _behind_gates(
+                    node, args, lambda g: g.masked_fill(dropped(selections, values), 0)
+                )
         return target(*args, **kwargs)
+
+
+def _zero_where_zero(slope: Tensor, cotangent: Tensor) -> Tensor:
+    """`slope`, the product of `cotangent` and a derivative, with 0 · ∞ = 0.
+
+    The backward of hardshrink at threshold 0 is one vectorised pass that keeps what is not zero,
+    NaN included; a comparison and a ``where`` take ten times as long.
+    """
+    return aten.hardshrink_backward.default(slope, cotangent, 0)  # type: ignore[no-any-return]
+
+
+def _behind_gates(
+    node: fx.Node, args: Sequence[Any], gate: Callable[[Tensor], Tensor]
+) -> list[Any]:
+    """The operands of an elementwise op, each behind a gate in the shape of the result."""
+    result = node.meta["val"]
+
+    def gated(operand: Any) -> Any:
+        if not isinstance(operand, Tensor) or not operand.requires_grad:
+            return operand
+        if operand.shape != result.shape:
+            # A 0-dim operand of another dtype does not promote; as an expanded one it would.
+            operand = operand.to(result.dtype).expand(result.shape)
+        return _gated(operand, gate)
+
+    return [gated(operand) for operand in args]
 
 
 def start(step: StepGraph) -> tuple[Recorder, list[Tensor]]:

@@ -14,6 +14,7 @@ from unrollc.differentiate.adjoint import (
     differentiable_inputs,
     finish,
 )
+from unrollc.differentiate.guarded import guards_of
 from unrollc.differentiate.replay import Replay, calls, start
 from unrollc.step import Phase, Role, StepGraph, Value
 
@@ -41,7 +42,7 @@ def reverse_adjoint(
 
     def run(*tensors: Tensor) -> list[Tensor | None]:
         given, cotangents = tensors[: len(inputs)], tensors[len(inputs) :]
-        replay = Replay(recorder)
+        replay = Replay(recorder, guards_of(step))
         replay.bind(step.placeholders, given)
         with torch.enable_grad():
             leaves = [replay.values[node].requires_grad_() for _, node in targets]
@@ -106,7 +107,7 @@ def loss_gradient(graph: StepGraph, wanted: frozenset[Key]) -> StepGraph:
     assert loss is not None
 
     def run(*tensors: Tensor) -> tuple[Tensor, list[Tensor | None]]:
-        replay = Replay(recorder)
+        replay = Replay(recorder, guards_of(graph))
         replay.bind(graph.placeholders, tensors)
         with torch.enable_grad():
             leaves = [replay.values[node].requires_grad_() for _, node in targets]

@@ -182,6 +182,8 @@ class _Chooser:
 
 def _cheaper(mixed: StepAdjoint, reverse: StepAdjoint) -> StepAdjoint:
     first, second = cost_of(mixed.graph).weight, cost_of(reverse.graph).weight
+    if second == 0:  # a linear loss: nothing is computed
+        return reverse
     ratio = first / second
     if first <= second:
         return replace(mixed, reason=f"{mixed.reason}; predicted cost {ratio:.2f} of reverse mode")
