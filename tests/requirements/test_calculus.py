@@ -17,7 +17,7 @@ from sympy import Rational, log, sqrt
 from torch import optim
 
 from tests.requirements.updates import derived
-from unrollc.requirements.derivation import Derivation
+from unrollc.requirements.calculus.derivation import Derivation
 
 x, G, t = sympy.symbols("x G t", positive=True)
 eta, lam, eps = sympy.symbols("eta lambda epsilon", positive=True)

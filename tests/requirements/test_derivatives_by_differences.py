@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn, optim
 
 from tests.requirements.updates import derived, evaluated, number
-from unrollc.requirements.derivation import Derivation
+from unrollc.requirements.calculus.derivation import Derivation
 
 # ASGD keeps its rate in a tensor of the default dtype.
 pytestmark = pytest.mark.usefixtures("float64")

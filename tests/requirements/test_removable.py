@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, optim
 
 from tests.requirements.updates import captured, derived
-from unrollc.requirements.calculus import derive
-from unrollc.requirements.singular import NEVER, removable, root_verdicts
+from unrollc.requirements.calculus.derive import derive
+from unrollc.requirements.calculus.singular import NEVER, removable, root_verdicts
 
 #: Class, settings, how many of each step's roots there are.
 REMOVABLE: tuple[tuple[Any, dict[str, Any], int], ...] = (

@@ -9,8 +9,8 @@ from typing import Any
 
 import sympy
 
-from unrollc.requirements.calculus import derive
-from unrollc.requirements.derivation import Derivation
+from unrollc.requirements.calculus.derivation import Derivation
+from unrollc.requirements.calculus.derive import derive
 
 _GENERATOR = Path(__file__).resolve().parents[2] / "docs" / "generate_derivatives.py"
 

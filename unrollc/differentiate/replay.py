@@ -13,6 +13,7 @@ from torch.autograd import Function
 from unrollc.capture.record import Recorder
 from unrollc.capture.source import SourceFinder
 from unrollc.differentiate.guarded import Guards, dropped, is_elementwise
+from unrollc.differentiate.pure import PureRecorder
 from unrollc.step import ATTACH, Phase, StepGraph
 
 aten = torch.ops.aten
@@ -219,7 +220,7 @@ def _behind_gates(
 
 def start(step: StepGraph) -> tuple[Recorder, list[Tensor]]:
     """A fresh recorder with the inputs of `step`."""
-    recorder = Recorder(SourceFinder({}))
+    recorder = PureRecorder(SourceFinder({}))
     pairs = zip(step.inputs, step.placeholders, strict=True)
     return recorder, [recorder.input(value.name, node.meta["val"]) for value, node in pairs]
 

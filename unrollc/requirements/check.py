@@ -8,12 +8,12 @@ from dataclasses import replace
 from torch import Tensor
 
 from unrollc.capture.loop import Loop
+from unrollc.requirements.calculus.singular import NEVER, removable
 from unrollc.requirements.dependence import Key, dependence
 from unrollc.requirements.findings import requirement_i, requirement_ii
 from unrollc.requirements.judge import Facts, MetaParameter, judge
 from unrollc.requirements.present import present_slopes
 from unrollc.requirements.reach import Graphs
-from unrollc.requirements.singular import NEVER, removable
 from unrollc.requirements.verdict import Requirements
 from unrollc.step import StepGraph
 

@@ -18,7 +18,7 @@ from unrollc.requirements.kinks import Kink
 from unrollc.step import StepGraph
 
 if TYPE_CHECKING:
-    from unrollc.requirements.calculus import Derivation
+    from unrollc.requirements.calculus.derive import Derivation
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class Requirements:
 
         Worked out when it is first asked for. Each prints as text, and as LaTeX (``.latex``).
         """
-        from unrollc.requirements.calculus import derive  # sympy is slow to import
+        from unrollc.requirements.calculus.derive import derive  # sympy is slow to import
 
         found: list[Derivation] = []
         for step in self.steps:

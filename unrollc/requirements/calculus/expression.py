@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx
 
-from unrollc.requirements.slices import op_name
+from unrollc.requirements.calculus.slices import op_name
 
 
 class NotElementwiseError(Exception):

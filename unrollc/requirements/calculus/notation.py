@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from unrollc.requirements.slices import Leaf
+from unrollc.requirements.calculus.slices import Leaf
 from unrollc.step import Role
 
 

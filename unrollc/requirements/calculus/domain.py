@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from unrollc.requirements.slices import UpdateSlice, fixed_leaves, op_name
+from unrollc.requirements.calculus.slices import UpdateSlice, fixed_leaves, op_name
 from unrollc.step import Role
 
 

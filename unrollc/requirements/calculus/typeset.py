@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from unrollc.requirements.notation import Name
+from unrollc.requirements.calculus.notation import Name
 
 if TYPE_CHECKING:
-    from unrollc.requirements.derivation import Derivation, Point
+    from unrollc.requirements.calculus.derivation import Derivation, Point
 
 
 def as_text(derivation: Derivation) -> str:
     """The update, its derivatives and its rough points, one a line."""
-    from unrollc.requirements.printers import text
+    from unrollc.requirements.calculus.printers import text
 
     lines = [f"update of {_few(derivation.parameters)}"]
     if derivation.obstacle is not None:
@@ -38,7 +38,7 @@ def as_latex(derivation: Derivation) -> str:
     if derivation.obstacle is not None:
         escaped = str(derivation.obstacle).replace("_", r"\_")
         return rf"& \text{{{escaped}}}"
-    from unrollc.requirements.printers import latex
+    from unrollc.requirements.calculus.printers import latex
 
     names = derivation.names
     lines = [
@@ -71,7 +71,7 @@ def _letters(derivation: Derivation, result: str, by: str) -> tuple[Name, Name]:
 
 def describe(derivation: Derivation, point: Point) -> str:
     """``kink where G = 0   adamax.py:282``"""
-    from unrollc.requirements.printers import text
+    from unrollc.requirements.calculus.printers import text
 
     where = " and ".join(f"{text(equation)} = 0" for equation in point.equations)
     place = f"where {where}" if where else f"of {point.op}"

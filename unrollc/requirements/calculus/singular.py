@@ -26,9 +26,9 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from unrollc.requirements.domain import SAME, Domain, domain_of
-from unrollc.requirements.expression import NotElementwiseError, expression, number
-from unrollc.requirements.slices import (
+from unrollc.requirements.calculus.domain import SAME, Domain, domain_of
+from unrollc.requirements.calculus.expression import NotElementwiseError, expression, number
+from unrollc.requirements.calculus.slices import (
     Leaf,
     Update,
     UpdateSlice,

@@ -9,9 +9,9 @@ from typing import Any
 from torch import fx
 
 from unrollc.errors import Source
-from unrollc.requirements.domain import Domain, Range
-from unrollc.requirements.singular import RootVerdict
-from unrollc.requirements.slices import UpdateSlice, op_name, settled_nodes
+from unrollc.requirements.calculus.domain import Domain, Range
+from unrollc.requirements.calculus.singular import RootVerdict
+from unrollc.requirements.calculus.slices import UpdateSlice, op_name, settled_nodes
 
 
 @dataclass(frozen=True)

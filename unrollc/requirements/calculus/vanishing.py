@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import fx
 
-from unrollc.requirements.differentials import Defined
-from unrollc.requirements.domain import SAME, Domain
-from unrollc.requirements.slices import op_name
+from unrollc.requirements.calculus.differentials import Defined
+from unrollc.requirements.calculus.domain import SAME, Domain
+from unrollc.requirements.calculus.slices import op_name
 
 
 def vanishing(value: Any, domain: Domain) -> list[fx.Node]:

@@ -9,8 +9,8 @@ from typing import Any
 from torch import fx
 
 from unrollc.errors import Source
-from unrollc.requirements.notation import Name
-from unrollc.requirements.typeset import as_latex, as_text
+from unrollc.requirements.calculus.notation import Name
+from unrollc.requirements.calculus.typeset import as_latex, as_text
 
 
 @dataclass(frozen=True)

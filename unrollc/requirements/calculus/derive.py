@@ -14,14 +14,14 @@ from typing import Any
 from torch import fx
 
 from unrollc.errors import Source
-from unrollc.requirements.derivation import Definition, Derivation, OpLevel, Point
-from unrollc.requirements.differentials import chain_rule
-from unrollc.requirements.domain import Domain, domain_of
-from unrollc.requirements.expression import NotElementwiseError, expression, number
-from unrollc.requirements.notation import Name, name_of, plain, short_key
-from unrollc.requirements.points import Rough, rough_points
-from unrollc.requirements.singular import RootVerdict, root_verdicts
-from unrollc.requirements.slices import (
+from unrollc.requirements.calculus.derivation import Definition, Derivation, OpLevel, Point
+from unrollc.requirements.calculus.differentials import chain_rule
+from unrollc.requirements.calculus.domain import Domain, domain_of
+from unrollc.requirements.calculus.expression import NotElementwiseError, expression, number
+from unrollc.requirements.calculus.notation import Name, name_of, plain, short_key
+from unrollc.requirements.calculus.points import Rough, rough_points
+from unrollc.requirements.calculus.singular import RootVerdict, root_verdicts
+from unrollc.requirements.calculus.slices import (
     Leaf,
     UpdateSlice,
     is_counter,
@@ -31,7 +31,7 @@ from unrollc.requirements.slices import (
     update_of,
     value_inputs,
 )
-from unrollc.requirements.vanishing import solve_at_root, vanishing
+from unrollc.requirements.calculus.vanishing import solve_at_root, vanishing
 from unrollc.step import Role, StepGraph, Value
 
 __all__ = ["Derivation", "derive"]

@@ -16,7 +16,7 @@ from sympy.printing.latex import LatexPrinter
 from sympy.printing.precedence import PRECEDENCE
 from sympy.printing.str import StrPrinter
 
-from unrollc.requirements.notation import Name
+from unrollc.requirements.calculus.notation import Name
 
 _SIGNS = {"==": "=", "!=": "≠", "<=": "≤", ">=": "≥"}
 

@@ -1,0 +1,1 @@
+"""The calculus of captured updates: expressions, derivatives, kinks and singular points."""
