@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from unrollc.cli import app
 
-FACTORIES = '''
+FACTORIES = """
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -39,7 +39,7 @@ def stopped():
 
 def four():
     return problem(F.mse_loss)[:4]
-'''
+"""
 
 
 @pytest.fixture

@@ -345,9 +345,7 @@ class Recorder(TorchDispatchMode):
         stop = self._stopped[node]
         if stop is None:
             stop = self.graph.call_function(aten.detach.default, (node,))
-            stop.meta.update(
-                phase=self.phase, source=node.meta.get("source"), val=node.meta["val"]
-            )
+            stop.meta.update(phase=self.phase, source=node.meta.get("source"), val=node.meta["val"])
             self._stopped[node] = stop
         return stop
 

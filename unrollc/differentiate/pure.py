@@ -39,7 +39,9 @@ class PureRecorder(Recorder):
         try:
             with self:
                 results = body(*inputs)
-        except _NotPureError:
+        except (_NotPureError, RuntimeError):
+            # Besides views that are written to: where PyTorch infers the shape of a structural zero
+            # on the meta device, it may mix devices. A real error comes back from the second run.
             self._rewind(before)
             return super().run(body, [tensor.detach_() for tensor in inputs])
         for node in self.graph.nodes:
