@@ -39,6 +39,21 @@ def stopped():
 
 def four():
     return problem(F.mse_loss)[:4]
+
+
+def raising():
+    raise ValueError("no data")
+
+
+def odd():
+    return [*problem(F.mse_loss), 1]
+
+
+def with_options():
+    def hits(prediction, target):
+        return (prediction > target).double().mean()
+
+    return [*problem(F.mse_loss), {"val_loss": hits}]
 """
 
 
@@ -65,12 +80,20 @@ def test_exit_status_says_whether_the_gradients_exist(run) -> None:
     assert "the derivative of round is zero" in " ".join(bad.stdout.split())
 
 
+def test_a_sixth_value_holds_further_arguments(run) -> None:
+    result = run("with_options", "--json")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["verdicts"]["weight"]["I"]["verdict"] == "fails"
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
         ("stopped", "control flow or arithmetic depends on the data"),
-        ("four", "returned no tuple of five"),
+        ("four", "returned no tuple of five or six"),
         ("absent", "cannot be loaded"),
+        ("raising", "ValueError: no data"),
+        ("odd", "is no dictionary"),
     ],
 )
 def test_what_cannot_be_checked_is_neither(run, name: str, words: str) -> None:

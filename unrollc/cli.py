@@ -14,7 +14,10 @@ from unrollc import api
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
-_FACTORY = "module:factory; factory() returns model, opt, loss, train, val"
+_FACTORY = (
+    "module:factory; factory() returns model, opt, loss, train, val and, if need be, a dictionary "
+    "of further arguments of compile (val_loss, meta, gradient)"
+)
 
 
 @app.callback()
@@ -36,7 +39,8 @@ def check(
     Exit status 2 means that the program cannot be loaded or captured.
     """
     try:
-        requirements = api.check(*_load(factory))
+        *problem, options = _load(factory)
+        requirements = api.check(*problem, **options)
     except api.UnrollcError as error:
         typer.echo(f"{type(error).__name__}: {error}", err=True)
         raise typer.Exit(2) from error
@@ -57,11 +61,15 @@ def _load(factory: str) -> tuple[Any, ...]:
     sys.path.insert(0, os.getcwd())
     try:
         made = getattr(importlib.import_module(module_name), name)()
-    except (ImportError, AttributeError) as error:
-        raise api.InputError(f"{factory!r} cannot be loaded: {error}", remedy=_FACTORY) from error
-    if not isinstance(made, tuple) or len(made) != 5:
-        raise api.InputError(f"{factory!r} returned no tuple of five", remedy=_FACTORY)
-    return made
+    except Exception as error:  # the user's code may raise anything
+        what = f"{factory!r} cannot be loaded: {type(error).__name__}: {error}"
+        raise api.InputError(what, remedy=_FACTORY) from error
+    if not isinstance(made, tuple | list) or len(made) not in (5, 6):
+        raise api.InputError(f"{factory!r} returned no tuple of five or six", remedy=_FACTORY)
+    options = made[5] if len(made) == 6 else {}
+    if not isinstance(options, dict):
+        raise api.InputError(f"the sixth value of {factory!r} is no dictionary", remedy=_FACTORY)
+    return (*made[:5], options)
 
 
 def main() -> None:

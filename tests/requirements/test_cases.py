@@ -139,7 +139,9 @@ def test_a_metric_without_derivative(metric: Any, marker: str, op: str, reason: 
     for verdict in found:
         assert verdict.status == "zero" and blamed(verdict, marker)
         assert str(verdict.I) == "fails" and str(verdict.II) == "holds"
-        assert "differentiable validation loss" in verdict.remedy
+        assert (
+            "detach()" if op == "detach" else "differentiable validation loss"
+        ) in verdict.remedy
     repaired = check(val_loss=lambda prediction, target: (prediction - 1.0).square().mean())
     assert repaired.ok and str(repaired.I) == "holds"
 
@@ -485,6 +487,108 @@ def test_two_cuts_in_parallel_are_both_named() -> None:
     assert [c.op for c in verdict.cuts] == ["floor", "gt"]
     lines = [c.where.short for c in verdict.cuts if c.where]
     assert lines == [line_of("first of two"), line_of("second of two")]
+
+
+# --- what the hostile user tries ----------------------------------------------------------------
+
+
+class Normed(nn.Module):
+    """BatchNorm, in training mode while it trains, with its statistics in validation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+        self.out = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.norm(x))
+
+
+def by_statistics(net: Any, batch: Any) -> Tensor:
+    norm = net.norm
+    x = F.batch_norm(batch[0], norm.running_mean, norm.running_var, norm.weight, norm.bias)  # stats
+    return F.cross_entropy(net.out(x), batch[1])
+
+
+def test_declared_stops_are_listed() -> None:
+    found = check(Normed(), val_loss=unrollc.objective(by_statistics))
+    (stop,) = found.stops
+    assert stop.reason == "running statistics are constants to autograd"
+    assert stop.where is not None and stop.where.short == line_of("stats")
+    assert "stop: running statistics" in str(found)
+    assert not check(Normed()).stops
+    learned = Learned(lambda phi, p, t: phi * F.cross_entropy(p, t) / p.detach().norm())
+    (stop,) = check(loss=learned, val_loss=F.cross_entropy).stops
+    assert stop.op == "detach"
+
+
+def test_padding_rows_are_listed() -> None:
+    model = nn.Sequential(nn.Embedding(7, 4, padding_idx=0), nn.Flatten(), nn.Linear(8, 3))
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    words = (torch.randint(7, (T, 5, 2)), torch.randint(3, (T, 5)))
+    found = unrollc.check(model, opt, F.cross_entropy, words, (words[0][0], words[1][0]))
+    assert [stop.reason for stop in found.stops] == ["the padding row gets no gradient"]
+
+
+def test_a_guard_at_exactly_zero() -> None:
+    """``if decay > 0`` hides the term as ``!= 0`` does; a branch that brings state is undefined."""
+    decay, momentum = tensor(0.0), tensor(0.0)
+
+    class Guarded(Descent):
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:
+            for group in self.param_groups:
+                for param in group["params"]:
+                    direction = param.grad
+                    if group["decay"] > 0:
+                        direction = direction + group["decay"] * param
+                    param.sub_(0.1 * direction)
+
+    assert check(optimizer=lambda p: Guarded(p, by_gradient, decay=decay))[decay].status == "exists"
+    found = check(optimizer=lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=momentum))  # type: ignore[arg-type]
+    assert found[momentum].status == "undefined" and "exactly zero" in found[momentum].reason
+    assert "away from 0" in found[momentum].remedy
+
+
+def test_a_kink_at_the_present_value_is_undefined() -> None:
+    def bend(phi: Tensor, prediction: Tensor, target: Tensor) -> Tensor:
+        return F.relu(phi) * F.cross_entropy(prediction, target)  # the bend
+
+    verdict = check(loss=Learned(bend, 0.0), val_loss=F.cross_entropy)["loss.phi"]
+    assert verdict.status == "undefined" and blamed(verdict, "the bend")
+    assert verdict.reason == "relu has a kink at the present value 0"
+    flat = check(loss=Learned(bend, -1.0), val_loss=F.cross_entropy)["loss.phi"]
+    assert flat.status == "zero" and "flat at the present value -1" in flat.reason
+    assert check(loss=Learned(bend, 1.0), val_loss=F.cross_entropy).ok
+
+
+def test_kinks_of_the_inner_loss_concern_what_acts_through_later_steps() -> None:
+    lr = tensor(0.1)
+    found = check(
+        loss=lambda p, t: p.abs().mean(),
+        optimizer=lambda p: torch.optim.SGD(p, lr=lr),
+        val_loss=lambda p, t: p.square().mean(),
+    )
+    assert [kink.op for kink in found[lr].kinks] == ["abs"]
+
+
+def test_a_comparison_that_multiplies_is_listed() -> None:
+    lr = tensor(0.1)
+    found = check(
+        optimizer=lambda p: torch.optim.SGD(p, lr=lr),
+        val_loss=lambda p, t: (p * (p > 0.3)).mean(),
+    )
+    assert [(kink.op, kink.at) for kink in found[lr].kinks] == [("gt", "equality, where it jumps")]
+
+
+def test_one_hot_targets() -> None:
+    found = check(loss=lambda p, t: (p - F.one_hot(t, 3)).square().mean())
+    assert found.ok
+
+
+def test_adamw_alone() -> None:
+    """Its step is Adam's; nothing else may have to be imported or made before."""
+    assert check(optimizer=lambda p: torch.optim.AdamW(p, lr=0.01)).ok
 
 
 # --- how it prints ------------------------------------------------------------------------------

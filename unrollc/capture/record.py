@@ -30,6 +30,9 @@ from unrollc.step import ATTACH, Noise, Phase, placeholder
 
 aten = torch.ops.aten
 
+#: Comparisons with zero whose answer is another one for a small positive number.
+_ZERO_TESTS = (aten.ne.Scalar, aten.eq.Scalar, aten.gt.Scalar, aten.le.Scalar)
+
 #: Concrete values are followed through ops on tensors of at most this many elements.
 _CONCRETE_NUMEL = 16
 
@@ -293,7 +296,7 @@ class Recorder(TorchDispatchMode):
         if (label := self._zero_tested(node)) is not None:
             self.zero_tests.append((label, source))
             if label in self.nonzero:
-                return node.target is aten.ne.Scalar
+                return node.target in (aten.ne.Scalar, aten.gt.Scalar)
         if node not in self.concrete:
             raise CaptureError(
                 "Python control flow or arithmetic depends on the data",
@@ -307,8 +310,11 @@ class Recorder(TorchDispatchMode):
         return value
 
     def _zero_tested(self, node: fx.Node) -> str | None:
-        """The hyperparameter that ``x != 0`` or ``x == 0`` asks about, where it is exactly 0."""
-        if node.target not in (aten.ne.Scalar, aten.eq.Scalar) or node.args[1] != 0:
+        """The hyperparameter that ``x != 0``, ``x > 0`` and the like ask about, if it is exactly 0.
+
+        The answer changes where it becomes positive; ``x < 0`` and ``x >= 0`` keep theirs.
+        """
+        if node.target not in _ZERO_TESTS or node.args[1] != 0:
             return None
         tested: Any = node.args[0]
         labels = tested.meta.get("hyper", ())

@@ -160,8 +160,8 @@ def extremes_of_tensors(kind: type, recorder: Recorder) -> Iterator[None]:
 def _namespaces(kind: type) -> list[dict[str, Any]]:
     """Globals of the ``step`` functions that an optimizer has from `torch.optim`."""
     steps = [inspect.unwrap(vars(base)["step"]) for base in kind.__mro__ if "step" in vars(base)]
-    spaces = [getattr(step, "__globals__", {}) for step in steps]
-    return [space for space in spaces if space.get("__file__", "").startswith(_OPTIMIZERS)]
+    spaces = {id(space): space for step in steps if (space := getattr(step, "__globals__", {}))}
+    return [s for s in spaces.values() if s.get("__file__", "").startswith(_OPTIMIZERS)]
 
 
 def _traced_extreme(key: str) -> Callable[..., Any]:

@@ -9,6 +9,7 @@ the gradient at zero is undefined and said to be so.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -17,6 +18,7 @@ from torch import Tensor, fx
 
 from unrollc.capture.one_step import Cut, Kind
 from unrollc.capture.problem import PerStep, Stock
+from unrollc.errors import CaptureError
 from unrollc.step import STATE_ROLES, Role, StepGraph, Value
 
 Record = Callable[[frozenset[str]], tuple[StepGraph, Kind]]
@@ -37,9 +39,10 @@ def through_zero_branch(
     hidden = {label: source for label, source in kind.zero_tests if label in requested}
     if not hidden:
         return graph, kind
-    taken, other = record(frozenset(hidden))
-    if other.after == kind.after and _agree(graph, taken, stock, batch):
-        return taken, other
+    with contextlib.suppress(CaptureError):  # code that expects what earlier steps would have made
+        taken, other = record(frozenset(hidden))
+        if other.after == kind.after and _agree(graph, taken, stock, batch):
+            return taken, other
     cuts = tuple(
         Cut(
             (label,),

@@ -10,7 +10,7 @@ from torch import Tensor
 from unrollc.capture.loop import Loop
 from unrollc.requirements.calculus.singular import NEVER, removable
 from unrollc.requirements.dependence import Key, dependence
-from unrollc.requirements.findings import requirement_i, requirement_ii
+from unrollc.requirements.findings import declared_stops, requirement_i, requirement_ii
 from unrollc.requirements.judge import Facts, MetaParameter, judge
 from unrollc.requirements.present import present_slopes
 from unrollc.requirements.reach import Graphs
@@ -57,7 +57,7 @@ def check_requirements(
     graphs = Graphs(tuple(views[:-1]), loop.sequence, views[-1], first_order, back)
     facts = Facts(
         graphs=graphs,
-        infinite=[slopes.infinite for slopes in present],
+        undefined=[slopes.undefined for slopes in present],
         values=values or {},
         cuts={label: cut for kind in loop.kinds for cut in kind.cuts for label in cut.labels},
         I=requirement_i(graphs),
@@ -71,4 +71,5 @@ def check_requirements(
             if parameter.waiver and verdict.status != "exists":
                 verdict = replace(verdict, reason=parameter.waiver)
         verdicts[parameter.label] = verdict
-    return Requirements(verdicts, dict(ids or {}), loop.steps, facts.I, facts.II)
+    stops = declared_stops(graphs)
+    return Requirements(verdicts, dict(ids or {}), loop.steps, facts.I, facts.II, stops)

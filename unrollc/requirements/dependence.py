@@ -92,7 +92,7 @@ class Dependence:
         for node in self.step.graph.nodes:
             if node.op != "placeholder":
                 found[node] = 0
-                for source in self.edges.predecessors(node):
+                for source in node.all_input_nodes:  # edges lead past ops of several results
                     found[node] |= found[source]
         return found
 
@@ -111,6 +111,11 @@ class Dependence:
     def into_gradient(self) -> set[fx.Node]:
         """What reaches an inner gradient."""
         return sources_of(self.smooth, self.gradients)
+
+    @functools.cached_property
+    def into_result(self) -> set[fx.Node]:
+        """What reaches the new state, or the loss where there is no state."""
+        return sources_of(self.smooth, self.results(*STATE_ROLES) or self.results(Role.LOSS))
 
     @functools.cached_property
     def acting_on_gradient(self) -> set[fx.Node]:
@@ -183,12 +188,13 @@ def _results(node: fx.Node) -> list[tuple[int, fx.Node]]:
 
 def sources_of(edges: nx.DiGraph, targets: Iterable[fx.Node]) -> set[fx.Node]:
     """Every node with a path to one of `targets`, these included."""
-    found: set[fx.Node] = set()
-    for target in targets:
-        if target not in found:
-            found.add(target)
-            if target in edges:
-                found |= nx.ancestors(edges, target)
+    found = set(targets)
+    stack = [target for target in found if target in edges]
+    while stack:
+        for source in edges.predecessors(stack.pop()):
+            if source not in found:
+                found.add(source)
+                stack.append(source)
     return found
 
 
@@ -205,7 +211,9 @@ def shortest_path(
     Ops that follow each other with one name on one line stand once.
     """
     reached = nx.multi_source_dijkstra_path(edges, {n for n in starts if n in edges})
-    found = min((reached[end] for end in ends if end in reached), key=len, default=[])
+    found: list[fx.Node] = min(
+        (reached[end] for end in ends if end in reached), key=len, default=[]
+    )
     words = []
     for node in found:
         if node.op == "call_function":
@@ -221,6 +229,8 @@ def minimal_cut(
 
     Empty where a differentiable path remains, or where not even a cut path leads there.
     """
+    if not sources_of(graph.edges, ends).intersection(starts):
+        return ()
     real = graph.edges.edge_subgraph(
         (a, b) for a, b, cut in graph.edges.edges(data="cut") if cut != SHAPE_ONLY
     )
@@ -235,13 +245,13 @@ def _cut_nodes(
     step: StepGraph, edges: nx.DiGraph, starts: Sequence[fx.Node], ends: Sequence[fx.Node]
 ) -> list[tuple[fx.Node, str]]:
     flow = nx.DiGraph()
-    reasons: dict[fx.Node, str] = {}
+    reasons: dict[fx.Node, dict[str, None]] = {}  # an op may cut its operands for several reasons
     relevant = reached_from(edges, starts) & sources_of(edges, ends)
     for a, b, cut in edges.subgraph(relevant).edges(data="cut"):
         if cut is None:
             flow.add_edge(a, b)  # no capacity attribute: infinite
         else:
-            reasons.setdefault(b, cut)
+            reasons.setdefault(b, {})[cut] = None
             flow.add_edge(a, ("cut", b))
             flow.add_edge(("cut", b), b, capacity=1)
     for start in starts:
@@ -260,7 +270,7 @@ def _cut_nodes(
         return []
     order = {node: number for number, node in enumerate(step.graph.nodes)}
     cutting = [n for n in reasons if ("cut", n) in before and n not in before]
-    return [(node, reasons[node]) for node in sorted(cutting, key=order.__getitem__)]
+    return [(node, "; ".join(reasons[node])) for node in sorted(cutting, key=order.__getitem__)]
 
 
 def op_name(node: fx.Node) -> str:

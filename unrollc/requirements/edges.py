@@ -23,6 +23,9 @@ aten = torch.ops.aten
 #: Why ops that make a tensor like another one carry no derivative.
 SHAPE_ONLY = "only the shape is used"
 
+#: Why BatchNorm's statistics carry none.
+RUNNING_STATISTICS = "running statistics are constants to autograd"
+
 #: Why the derivative of an op is zero, where the op has a name for it. The others say so plainly.
 _REASONS: dict[str, str] = {
     "detach": "detach() or no_grad stops the gradient",
@@ -93,16 +96,24 @@ def carried(node: fx.Node, zeros: set[fx.Node]) -> frozenset[tuple[int, int]]:
     return _KNOWN[key]
 
 
+#: Derivatives that are declared to be zero although the value depends on the operand.
+DECLARED = frozenset([_REASONS["detach"], _REASONS["attach"], RUNNING_STATISTICS])
+
+
 def cut_reason(node: fx.Node, operand: fx.Node, result: Any) -> str:
     """Why no derivative passes from `operand` to `result`, a fake tensor."""
     target: Any = node.target
     name = target._schema.name.split("::")[-1]
     if name in _REASONS:
         return _REASONS[name]
+    if "batch_norm" in name and operand in node.args[3:5]:
+        return RUNNING_STATISTICS
     if not _is_smooth(result):
         return f"{name} yields integers or truth values, which have no derivative"
     if not _is_smooth(operand.meta.get("val")):
         return f"{name} reads integers or truth values, which have no derivative"
+    if _is_one(node):
+        return "a value divided by itself is 1"
     if name == "div":
         return "the derivative of a rounded quotient is zero everywhere it exists"
     return f"the derivative of {name} is zero everywhere it exists"
@@ -152,6 +163,8 @@ def _carried_by(
     node: fx.Node, operands: list[fx.Node], zeros: set[fx.Node], moving: list[int]
 ) -> frozenset[tuple[int, int]]:
     """The pairs of `carried` for the operands `moving`, the others held constant."""
+    if _is_one(node):
+        return frozenset()  # autograd adds two slopes that cancel
     tracker = ZeroTracker()
     with FakeTensorMode(), torch.enable_grad():
         leaves = [_like(operand.meta["val"]) for operand in operands]
@@ -198,6 +211,11 @@ def _reached(
 
 def _like(fake: Tensor) -> Tensor:
     return torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device="cpu")
+
+
+def _is_one(node: fx.Node) -> bool:
+    """Whether the node is x / x."""
+    return node.target is aten.div.Tensor and node.args[0] is node.args[1]
 
 
 def _is_smooth(value: Any) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 from torch import fx
 
@@ -13,9 +15,11 @@ from unrollc.requirements.dependence import (
     Dependence,
     Key,
     minimal_cut,
+    op_name,
     reached_from,
     shortest_path,
 )
+from unrollc.requirements.edges import DECLARED, RUNNING_STATISTICS, is_projection
 from unrollc.requirements.kinks import Kink, kinks_between
 from unrollc.requirements.reach import Graphs
 from unrollc.requirements.verdict import Finding
@@ -25,11 +29,15 @@ from unrollc.step import STATE_ROLES, Phase, Role
 _LOSS = (Phase.FORWARD, Phase.LOSS)
 _UPDATE = (Phase.UPDATE,)
 
+#: Roles that depend on no meta-parameter unless they are one.
+_DATA = (Role.BATCH, Role.NOISE, Role.CONSTANT)
+_PADDING = "the padding row gets no gradient"
+
 
 def requirement_i(graphs: Graphs) -> Finding:
     """Lval is a differentiable function of θ_T."""
     val = graphs.val
-    thetas = [node for (role, _), node in val.inputs.items() if role is Role.THETA]
+    thetas = _thetas(val)
     loss = val.results(Role.LOSS)
     if any(node in val.into_loss for node in thetas):
         kinks = kinks_between(val, thetas, val.acting_on_result, _LOSS)
@@ -40,7 +48,10 @@ def requirement_i(graphs: Graphs) -> Finding:
 
 
 def requirement_ii(graphs: Graphs) -> Finding:
-    """opt is a differentiable function of θ, of G and of its state."""
+    """opt is a differentiable function of θ, of G and of its state.
+
+    What acts through more than one step also passes G as a function of θ_j, so its kinks count.
+    """
     severed: list[CutOp] = []
     kinks: dict[Kink, None] = {}
     used = False
@@ -53,6 +64,9 @@ def requirement_ii(graphs: Graphs) -> Finding:
         severed += [cut for cut in minimal_cut(step, gradients, thetas) if cut not in severed]
         found = kinks_between(step, step.step.placeholders, step.acting_on_result, _UPDATE)
         kinks.update(dict.fromkeys(found))
+        if graphs.steps_back > 1 and not graphs.first_order:
+            inner = kinks_between(step, _thetas(step), step.acting_on_gradient, _LOSS)
+            kinks.update(dict.fromkeys(inner))
     if trace is not None:
         reason = "the update has a differentiable path from θ and G"
         return Finding(True, reason, kinks=tuple(kinks), trace=trace)
@@ -61,11 +75,52 @@ def requirement_ii(graphs: Graphs) -> Finding:
     return _failed("the update", tuple(severed), "the update does not use the inner gradient")
 
 
+def declared_stops(graphs: Graphs) -> tuple[CutOp, ...]:
+    """Where a derivative is declared to be zero on the way, although the value depends on θ or φ.
+
+    The meta-gradient is then the derivative of the program as declared, as in eager PyTorch, and
+    finite differences of its value differ: `detach`, custom functions, running statistics that
+    the validation reads, padding rows of embeddings.
+    """
+    found: dict[CutOp, None] = {}
+    for graph in graphs.all:
+        moving = 0
+        for (role, _), node in graph.inputs.items():
+            moving |= 0 if role in _DATA else graph.influence[node]
+        within = graph.acting_on_result if graph is graphs.val else graph.acting_on_gradient
+        for operand, node, cut in graph.edges.edges(data="cut"):
+            if cut not in DECLARED or node not in within:
+                continue
+            if cut == RUNNING_STATISTICS and not _reads_statistics(graph, operand, node):
+                continue
+            if graph.influence[operand] & moving:
+                found[CutOp(op_name(node), cut, node.meta.get("source"))] = None
+        for node in graph.step.graph.nodes:
+            padded = node.op == "call_function" and node in within and _pads(node)
+            if padded:
+                found[CutOp("embedding", _PADDING, node.meta.get("source"))] = None
+    return tuple(found)
+
+
+def _reads_statistics(graph: Dependence, operand: fx.Node, node: fx.Node) -> bool:
+    """Whether a BatchNorm uses statistics that the inner loop changes."""
+    origin: Any = node.args[0] if is_projection(node) else node
+    flag = {"_native_batch_norm_legit_functional": 5, "native_batch_norm_backward": 7}
+    training = op_name(origin) in flag and bool(origin.args[flag[op_name(origin)]])
+    changing = {n for (role, _), n in graph.inputs.items() if role is Role.BUFFER}
+    return not training and operand in changing
+
+
+def _pads(node: fx.Node) -> bool:
+    """Whether the node is the gradient of an embedding with a padding row."""
+    padding: Any = node.args[3] if op_name(node) == "embedding_dense_backward" else -1
+    return bool(padding >= 0)
+
+
 def no_inner_gradient(graphs: Graphs) -> Finding:
     """Why no fast weight has an inner gradient."""
     for step in graphs.steps:
-        thetas = [node for (role, _), node in step.inputs.items() if role is Role.THETA]
-        cuts = minimal_cut(step, thetas, step.results(Role.LOSS))
+        cuts = minimal_cut(step, _thetas(step), step.results(Role.LOSS))
         if cuts:
             return _failed("the inner loss", cuts, "")
     return Finding(False, "the inner loss does not use the fast weights")
@@ -89,17 +144,23 @@ def _through(graphs: Graphs, key: Key, what: str) -> Finding:
         node = step.inputs.get(key)
         if node is None:
             continue
+        kinks.update(dict.fromkeys(_kinks_on(step, node, what)))
         if node in (step.into_gradient if what == "inner gradient" else step.into_update):
             trace = _trace(step, node, what)
-            kinks.update(dict.fromkeys(_kinks_on(step, node, what)))
         elif what == "inner gradient":
             cuts = minimal_cut(step, [node], step.gradients)
             severed += [cut for cut in cuts if cut not in severed]
     if trace is not None:
         return Finding(True, f"the {what} depends on it", kinks=tuple(kinks), trace=trace)
     if key[0] is Role.THETA:
-        return Finding(False, "the inner gradient does not depend on it: its Hessian is zero")
-    return _failed("", tuple(severed), f"the {what} has no differentiable path from it")
+        reason = "the inner gradient does not depend on it: its Hessian is zero"
+        return Finding(False, reason, kinks=tuple(kinks))
+    finding = _failed("", tuple(severed), f"the {what} has no differentiable path from it")
+    return replace(finding, kinks=tuple(kinks))
+
+
+def _thetas(step: Dependence) -> list[fx.Node]:
+    return [node for (role, _), node in step.inputs.items() if role is Role.THETA]
 
 
 def _trace(step: Dependence, node: fx.Node, what: str) -> Callable[[], tuple[str, ...]]:

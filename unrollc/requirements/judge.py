@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from unrollc.capture.one_step import Cut
 from unrollc.errors import Source
 from unrollc.requirements.dependence import CutOp, Key, minimal_cut
+from unrollc.requirements.edges import SHAPE_ONLY
 from unrollc.requirements.findings import through_gradient, through_update
 from unrollc.requirements.reach import Graphs, on_the_way
 from unrollc.requirements.scaling import normalised_away
@@ -48,7 +49,7 @@ class Facts:
 
     Attributes:
         graphs: The dependence graphs.
-        infinite: For each graph of ``graphs.all``, edges with an infinite slope at the present
+        undefined: For each graph of ``graphs.all``, edges without a derivative at the present
             values.
         values: These values.
         cuts: Meta-parameters whose value Python read, by label.
@@ -56,7 +57,7 @@ class Facts:
     """
 
     graphs: Graphs
-    infinite: Sequence[Mapping[tuple[fx.Node, fx.Node], str]]
+    undefined: Sequence[Mapping[tuple[fx.Node, fx.Node], str]]
     values: Mapping[Key, Tensor]
     cuts: Mapping[str, Cut]
     I: Finding
@@ -94,12 +95,12 @@ def judge(parameter: MetaParameter, facts: Facts) -> Verdict:
 
 def _findings(parameter: MetaParameter, facts: Facts) -> tuple[Finding, Finding]:
     """III(a) and III(b); what is none of a parameter's business does not concern it."""
-    a = through_update(facts.graphs, parameter.key)
+    if parameter.role is Role.HYPER:
+        return through_update(facts.graphs, parameter.key), _NOT_CONCERNED
     b = through_gradient(facts.graphs, parameter.key)
     if parameter.role is Role.THETA:
         return _NOT_CONCERNED, b
-    if parameter.role is Role.HYPER:
-        return a, _NOT_CONCERNED
+    a = through_update(facts.graphs, parameter.key)
     return (a if a.holds else _NOT_CONCERNED), b
 
 
@@ -110,10 +111,11 @@ def _ruling(parameter: MetaParameter, facts: Facts, a: Finding, b: Finding) -> _
     # Code may read a loss's tensor to print it; a hyperparameter is read to compute with it.
     if parameter.label in facts.cuts and (parameter.role is Role.HYPER or not reached):
         cut = facts.cuts[parameter.label]
-        return _Ruling("undefined", cut.reason, cut.source, _PYTHON_REMEDY)
+        remedy = _ZERO_REMEDY if "exactly zero" in cut.reason else _PYTHON_REMEDY
+        return _Ruling("undefined", cut.reason, cut.source, remedy)
     if not reached:
         return _severed(parameter, facts, a, b)
-    for graph, edges in zip(facts.graphs.all, facts.infinite, strict=True):
+    for graph, edges in zip(facts.graphs.all, facts.undefined, strict=True):
         start = graph.inputs.get(parameter.key)
         on_it = on_the_way(graph, start, list(edges)) if start is not None and edges else []
         for singular in on_it[:1]:
@@ -132,13 +134,18 @@ def _severed(parameter: MetaParameter, facts: Facts, a: Finding, b: Finding) -> 
     """Why no differentiable path leads from the parameter to Lval."""
     graphs, key = facts.graphs, parameter.key
     if facts.I.holds is False:
-        return _Ruling("zero", facts.I.reason, facts.I.where, _I_REMEDY)
+        stopped = "stops the gradient" in facts.I.reason
+        return _Ruling("zero", facts.I.reason, facts.I.where, _STOP if stopped else _I_REMEDY)
+    if parameter.role is Role.THETA and graphs.steps_back < len(graphs.sequence):
+        reason = f"Truncated({graphs.steps_back}) does not go back to θ_0"
+        return _Ruling("zero", reason, None, 'use gradient="exact"')
     if graphs.first_order and b.holds:
         reason = "it acts through the inner gradient alone, which FirstOrder takes as a constant"
         return _Ruling("zero", reason, None, 'use gradient="exact"')
-    if (additive := _additive(graphs, key)) is not None:
-        return _Ruling("zero", _ADDITIVE, additive, _UNUSED_REMEDY)
     cuts = _cuts(graphs, key)
+    real = any(cut.reason != SHAPE_ONLY for cut in cuts)
+    if not real and (additive := _additive(graphs, key)) is not None:
+        return _Ruling("zero", _ADDITIVE, additive, _UNUSED_REMEDY)
     if cuts:
         reason = "; ".join(dict.fromkeys(cut.reason for cut in cuts))
         return _Ruling("zero", reason, cuts[0].where, _remedy(cuts), cuts)
@@ -206,14 +213,18 @@ _UNREAD = (
 _ONLY_STATE = "it reaches optimizer state alone, which no later step hands on to the weights"
 _I_REMEDY = "use a differentiable validation loss of the adapted weights (a proxy metric)"
 _PYTHON_REMEDY = "keep it a tensor (x ** 0.5 for math.sqrt(x), no float() or .item()), away from 0"
+_ZERO_REMEDY = "start it away from 0, or leave it out: pass meta=[...]"
 _CONTINUOUS_REMEDY = "make it a floating-point tensor, or leave it out of meta="
-_SINGULAR_REMEDY = "start from a value at which the derivative is finite, or add a small constant"
+_SINGULAR_REMEDY = "start from a value at which the derivative exists, or add a small constant"
 _SCALE_REMEDY = "remove the normalisation, or leave the parameter out: pass meta=[...]"
 _UNUSED_REMEDY = "leave it out: pass meta=[...], or requires_grad_(False)"
 
+_STOP = "remove the detach() or no_grad, or leave it out: pass meta=[...]"
+
 #: What helps against a cut, by words of its reason.
 _REMEDIES = (
-    ("stops the gradient", "remove the detach() or no_grad, or leave it out: pass meta=[...]"),
+    ("stops the gradient", _STOP),
+    ("declares another derivative", "let the Function's backward return the true derivative"),
     ("at the present value", "start inside the bounds, or clip without a flat part"),
     ("integers or truth values", "use a smooth surrogate in place of the integer or comparison"),
     ("of sign is zero", "use an update that is differentiable in the gradient"),

@@ -40,6 +40,7 @@ _WINDOW = "ties within a window"
 _BOUNDS = "its bounds"
 _JUMPS = "its jumps"
 _CONDITION = "the boundary of its condition"
+_BOUNDARY = "equality, where it jumps"
 
 #: Kinks by op name: one row an op. Where the slope is infinite at a point, the row says so.
 KINKS: dict[str, str] = {
@@ -93,6 +94,22 @@ KINKS: dict[str, str] = {
     "sign": "0",
     "sgn": "0",
     "heaviside": "0",
+    "fmax": _TIES,
+    "fmin": _TIES,
+    "nanmedian": _TIES,
+    "argmax": _TIES,
+    "argmin": _TIES,
+    "scatter_reduce": _TIES,
+    "celu": "0",
+    "copysign": "0",
+    "hypot": "0",
+    "atan2": "0",
+    "gt": _BOUNDARY,
+    "ge": _BOUNDARY,
+    "lt": _BOUNDARY,
+    "le": _BOUNDARY,
+    "eq": _BOUNDARY,
+    "ne": _BOUNDARY,
     "norm": "0",
     "linalg_vector_norm": "0",
     "sqrt": "0, where its slope is infinite",
@@ -100,6 +117,11 @@ KINKS: dict[str, str] = {
 
 #: Position of the operand that decides which branch a selection takes.
 _SELECTIONS = {"where": 0, "masked_fill": 1}
+
+#: What makes truth values of truth values.
+_LOGIC = frozenset(
+    ["logical_and", "logical_or", "logical_not", "bitwise_and", "bitwise_or", "bitwise_not"]
+)
 
 #: Roles of what is known as a number.
 _NUMBERS = (Role.HYPER, Role.CONSTANT)
@@ -140,11 +162,24 @@ def _kink(graph: Dependence, node: fx.Node, moving: int) -> str | None:
     if name in _SELECTIONS:
         condition: Any = node.args[_SELECTIONS[name]]
         return KINKS[name] if graph.influence[condition] & moving else None
+    if KINKS.get(name) == _BOUNDARY and _only_selects(node):
+        return None
     if name == "pow" and not (isinstance(node.args[1], float) and 0 < node.args[1] < 1):
         return None
     if name in ("sqrt", "pow"):
         return None if _bounded_away(graph, node.args[0]) else KINKS["sqrt"]
     return KINKS[name]
+
+
+def _only_selects(condition: fx.Node) -> bool:
+    """Whether a truth value does nothing but choose branches, which are listed themselves."""
+    return all(
+        _only_selects(user)
+        if op_name(user) in _LOGIC
+        else op_name(user) in _SELECTIONS and user.args[_SELECTIONS[op_name(user)]] is condition
+        for user in condition.users
+        if user.op == "call_function"
+    )
 
 
 def _bounded_away(graph: Dependence, operand: Any) -> bool:

@@ -34,11 +34,11 @@ class PresentSlopes:
 
     Attributes:
         saturated: (operand, op) with derivative zero, with the reason.
-        infinite: (operand, op) with an infinite or undefined derivative, with the reason.
+        undefined: (operand, op) without a finite derivative, with the reason.
     """
 
     saturated: dict[Edge, str]
-    infinite: dict[Edge, str]
+    undefined: dict[Edge, str]
 
 
 def present_slopes(step: StepGraph, values: Mapping[tuple[Role, str], Tensor]) -> PresentSlopes:
@@ -87,25 +87,56 @@ def _look(
         for operand in node.all_input_nodes
         if operand in moving and known[operand].is_floating_point()
     ]
-    with torch.enable_grad():
-        leaves = {operand: known[operand].detach().requires_grad_() for operand in operands}
-        result = _evaluate(node, lambda operand: leaves.get(operand, known[operand]))
-        result = next(iter(result)) if isinstance(result, tuple | list) else result
-        if not isinstance(result, Tensor) or not result.requires_grad:
-            return
-        slopes = torch.autograd.grad(result.sum(), list(leaves.values()), allow_unused=True)
-    for operand, slope in zip(leaves, slopes, strict=True):
+    slopes = _slopes(node, known, operands, 0.0)
+    for operand, slope in slopes.items():
         here = _shown(known[operand])
-        if slope is None:
-            continue
         if not torch.isfinite(slope).all():
-            found.infinite[operand, node] = (
+            found.undefined[operand, node] = (
                 f"{op_name(node)} has no finite derivative at the present value {here}"
             )
         elif op_name(node) in KINKS and not slope.any():
-            found.saturated[operand, node] = (
-                f"{op_name(node)} is flat at the present value {here}: its derivative is zero there"
-            )
+            aside = [_slopes(node, known, operands, side)[operand] for side in (-_ASIDE, _ASIDE)]
+            if any(slope.any() for slope in aside):
+                found.undefined[operand, node] = (
+                    f"{op_name(node)} has a kink at the present value {here}"
+                )
+            else:
+                found.saturated[operand, node] = (
+                    f"{op_name(node)} is flat at the present value {here}: "
+                    "its derivative is zero there"
+                )
+
+
+#: How far to look to both sides of a present value, relative to it or to 1.
+_ASIDE = 1e-4
+
+
+def _slopes(
+    node: fx.Node, known: Mapping[fx.Node, Any], operands: list[fx.Node], aside: float
+) -> dict[fx.Node, Tensor]:
+    """The derivatives of an op in those operands in which it has one."""
+    with torch.enable_grad():
+        leaves = {}
+        for operand in operands:
+            value = known[operand].detach()
+            leaves[operand] = (value + aside * value.abs().clamp(min=1.0)).requires_grad_()
+        result = _evaluate(node, lambda operand: leaves.get(operand, known[operand]))
+        result = next(iter(result)) if isinstance(result, tuple | list) else result
+        if not isinstance(result, Tensor) or not result.requires_grad:
+            return {}
+        slopes = torch.autograd.grad(
+            result, list(leaves.values()), _weights(result), allow_unused=True
+        )
+    return {
+        operand: slope for operand, slope in zip(leaves, slopes, strict=True) if slope is not None
+    }
+
+
+def _weights(result: Tensor) -> Tensor:
+    """A cotangent under which the slopes of several elements do not cancel."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.rand(result.shape, generator=generator, dtype=torch.float64)
+    return (0.5 + drawn).to(dtype=result.dtype, device=result.device)
 
 
 def _shown(tensor: Tensor) -> str:

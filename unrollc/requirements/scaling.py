@@ -3,6 +3,9 @@
 A quantity f has degree d in a scalar φ if φ · ∂f/∂φ = d · f (Euler's relation), as φ·L has degree
 1 and φ·L / ‖φ·L‖ degree 0. Degrees pass through ops by a small algebra. If the validation loss
 has degree 0, its derivative with respect to φ ≠ 0 is zero, although paths lead there.
+
+The same holds where all paths lead through a scalar function of φ alone, as in exp(φ)·L: then
+degrees in that function count (`_funnels`).
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from unrollc.requirements.dependence import Dependence, Key, op_name
 from unrollc.requirements.edges import is_projection
@@ -49,18 +52,57 @@ def normalised_away(key: Key, graphs: Graphs) -> fx.Node | None:
         key: The meta-parameter, a tensor of one element that is not zero.
         graphs: The captured program.
     """
+    funnels = [found for graph in graphs.all if (found := _funnels(graph, key))]
+    for formula in funnels[0] if funnels else ():
+        if all(formula in each for each in funnels):
+            scales = frozenset(each[formula] for each in funnels)
+            if (op := _normalised_away(scales, graphs)) is not None:
+                return op
+    return None
+
+
+def _funnels(graph: Dependence, key: Key) -> dict[str, fx.Node]:
+    """Scalar functions of the meta-parameter alone through which all its paths lead, by formula.
+
+    The meta-parameter is the first; empty where it has no path. The same formula is the same
+    value in every graph.
+    """
+    ends = graph.results(*STATE_ROLES) or graph.results(Role.LOSS)
+    needed = graph.into_result
+    node, formula = graph.inputs.get(key), "φ"
+    found: dict[str, fx.Node] = {}
+    while node is not None and node in needed:
+        found[formula] = node
+        readers = [reader for reader in graph.smooth.successors(node) if reader in needed]
+        if len(readers) != 1 or node in ends:
+            return found
+        (reader,) = readers
+        if reader.all_input_nodes != [node] or not _is_scalar(reader):
+            return found
+        args = ", ".join(formula if arg is node else repr(arg) for arg in reader.args)
+        node, formula = reader, f"{reader.target}({args}, {reader.kwargs})"
+    return found
+
+
+def _is_scalar(node: fx.Node) -> bool:
+    value = node.meta["val"]
+    return isinstance(value, Tensor) and value.numel() == 1
+
+
+def _normalised_away(scales: frozenset[fx.Node], graphs: Graphs) -> fx.Node | None:
+    """The op that divides out a scale, which stands for one node in each graph that has it."""
     state: dict[Key, Degree] = {}
     blamed: list[fx.Node | None] = []
     known: dict[Any, tuple[dict[Key, Degree], fx.Node | None]] = {}
     for index in graphs.sequence:
         memo = (index, frozenset(state.items()))
         if memo not in known:
-            known[memo] = _after(graphs.steps[index], key, state)
+            known[memo] = _after(graphs.steps[index], scales, state)
         state, normaliser = known[memo]
         blamed.append(normaliser)
         if any(degree is None and each in graphs.live for each, degree in state.items()):
             return None
-    degrees = _degrees(graphs.val, key, state)
+    degrees = _degrees(graphs.val, scales, state)
     (loss,) = graphs.val.results(Role.LOSS)
     if degrees.get(loss, _ZERO) != _ZERO:
         return None
@@ -69,10 +111,10 @@ def normalised_away(key: Key, graphs: Graphs) -> fx.Node | None:
 
 
 def _after(
-    graph: Dependence, key: Key, state: Mapping[Key, Degree]
+    graph: Dependence, scales: frozenset[fx.Node], state: Mapping[Key, Degree]
 ) -> tuple[dict[Key, Degree], fx.Node | None]:
     """The state's degrees after a step, and the op that normalised, if one did."""
-    degrees = _degrees(graph, key, state)
+    degrees = _degrees(graph, scales, state)
     after = {
         (value.role, value.label): degrees[node]
         for value, node in graph.step.outputs_with(*STATE_ROLES)
@@ -81,16 +123,22 @@ def _after(
     return after, _normaliser(graph, degrees)
 
 
-def _degrees(graph: Dependence, key: Key, state: Mapping[Key, Degree]) -> dict[fx.Node, Degree]:
-    """The degrees in the meta-parameter `key`; a node that is missing has degree zero."""
+def _degrees(
+    graph: Dependence, scales: frozenset[fx.Node], state: Mapping[Key, Degree]
+) -> dict[fx.Node, Degree]:
+    """The degrees in the scale; a node that is missing has degree zero."""
     degrees: dict[fx.Node, Degree] = {}
     moving = 0
     for each, node in graph.inputs.items():
-        degree = Fraction(1) if each == key else state.get(each, _ZERO)
+        degree = Fraction(1) if node in scales else state.get(each, _ZERO)
         if degree != _ZERO:
             degrees[node] = degree
             moving |= graph.influence[node]
     for node in graph.step.graph.nodes:
+        if node in scales:
+            degrees[node] = Fraction(1)
+            moving |= graph.influence[node]
+            continue
         if node.op != "call_function" or not graph.influence[node] & moving:
             continue
         if is_projection(node):

@@ -118,6 +118,8 @@ class Requirements:
         labels: Labels of tensors by id, for look-up.
         steps: The distinct inner steps on which the verdicts were reached.
         I, II: The requirements that concern all meta-parameters alike.
+        stops: Where code declares a derivative to be zero although the value depends on the
+            meta-parameters; the meta-gradient follows the declaration.
     """
 
     verdicts: Mapping[str, Verdict]
@@ -125,6 +127,7 @@ class Requirements:
     steps: tuple[StepGraph, ...] = field(default=(), repr=False)
     I: Finding = Finding(None, "not decided")
     II: Finding = Finding(None, "not decided")
+    stops: tuple[CutOp, ...] = ()
 
     @functools.cached_property
     def derivations(self) -> tuple[Derivation, ...]:
@@ -214,6 +217,8 @@ class Requirements:
             console.print(self._requirements())
         for kink in dict.fromkeys(kink for v in self for kink in v.kinks):
             console.print(f"kink: {kink}", highlight=False)
+        for stop in self.stops:
+            console.print(f"stop: {_with_line(stop.reason, stop.where)}", highlight=False)
         return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())
 
     def _parameters(self) -> Table:

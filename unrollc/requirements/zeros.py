@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, fx
@@ -21,19 +21,22 @@ _SUMS = frozenset(["add", "sub", "cat", "stack", "maximum", "minimum"])
 #: f(0) = 0 for the first operand, whatever the others are.
 _KEPT = """
 neg t view reshape _unsafe_view _reshape_alias expand permute transpose sum mean cumsum slice
-select index index_select gather unsqueeze squeeze alias detach clone _to_copy copy div
+select index index_select gather unsqueeze squeeze alias detach clone _to_copy div
 diagonal flip roll split split_with_sizes unbind chunk as_strided_copy repeat
 relu abs sgn sign tanh sin sinh asin atan square sqrt erf expm1 log1p leaky_relu gelu silu
 """
 _KEEPING = frozenset(_KEPT.split())
 
 
-def is_zero(name: str, args: Sequence[Any], zero: Callable[[Any], bool]) -> bool:
+def is_zero(
+    name: str, args: Sequence[Any], kwargs: Mapping[str, Any], zero: Callable[[Any], bool]
+) -> bool:
     """Whether every result of the ATen op `name` is zero by structure.
 
     Args:
         name: The op's name without overload, e.g. ``mul``.
         args: Its operands.
+        kwargs: Its keyword arguments, such as the ``alpha`` of ``sub``.
         zero: Whether an operand is known to be zero.
     """
     if name in _MAKERS:
@@ -45,11 +48,13 @@ def is_zero(name: str, args: Sequence[Any], zero: Callable[[Any], bool]) -> bool
         return zero(args[0]) or zero(args[1])
     if name in _SUMS:
         if name == "sub" and args[0] is args[1]:
-            return True
+            return kwargs.get("alpha", 1) == 1 or zero(args[0])
         operands = args[0] if name in ("cat", "stack") else args[:2]
         return all(zero(operand) for operand in operands)
     if name == "where":
         return zero(args[1]) and zero(args[2])
+    if name == "copy":  # copy(target, source) is the source
+        return zero(args[1])
     if name == "masked_fill":
         return zero(args[0]) and zero(args[2])
     if name == "pow":
@@ -78,7 +83,7 @@ class ZeroTracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if is_zero(func._schema.name.split("::")[-1], args, self.is_zero):
+        if is_zero(func._schema.name.split("::")[-1], args, kwargs or {}, self.is_zero):
             for tensor in pytree.tree_leaves(result):
                 if isinstance(tensor, Tensor):
                     self.zeros[id(tensor)] = tensor
@@ -105,7 +110,8 @@ def zeros_of(step: StepGraph) -> set[fx.Node]:
         if target is operator.getitem:
             vanishes = zero(node.args[0])
         else:
-            vanishes = is_zero(target._schema.name.split("::")[-1], node.args, zero)
+            name = target._schema.name.split("::")[-1]
+            vanishes = is_zero(name, node.args, node.kwargs, zero)
         if vanishes:
             found.add(node)
     return found
