@@ -12,6 +12,15 @@ def pytest_configure() -> None:
     torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--programs",
+        type=int,
+        default=0,
+        help="search this many random programs for unsound verdicts, not the 2,000 of each run",
+    )
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)

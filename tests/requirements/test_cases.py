@@ -403,6 +403,7 @@ def test_a_learned_loss_that_ignores_the_prediction() -> None:
     assert "does not depend on the weights" in verdict.reason
     assert found.II.holds is False
     assert found.II.reason == "the inner loss does not use the fast weights"
+    assert found.idle and not found.ok
     # θ_T is θ_0 then: its gradient exists, through the identity.
     assert found["first.weight"].status == "exists"
     assert check(loss=Learned(weighted), val_loss=F.cross_entropy).ok

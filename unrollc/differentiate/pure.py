@@ -58,7 +58,7 @@ class PureRecorder(Recorder):
         key = torch._C._TorchDispatchModeKey.FUNCTIONAL
         if not func._schema.is_mutable or torch._C._get_dispatch_mode(key) is not None:
             return super().__torch_dispatch__(func, types, args, kwargs)
-        pure = _pure_form(func)
+        pure = None if torch.Tag.inplace_view in func.tags else _pure_form(func)
         target = args[0]
         if pure is None or self._sharing[_storage(target)] > 1:
             raise _NotPureError(str(func))

@@ -72,4 +72,5 @@ def check_requirements(
                 verdict = replace(verdict, reason=parameter.waiver)
         verdicts[parameter.label] = verdict
     stops = declared_stops(graphs)
-    return Requirements(verdicts, dict(ids or {}), loop.steps, facts.I, facts.II, stops)
+    idle = not any(graph.gradients for graph in graphs.steps)
+    return Requirements(verdicts, dict(ids or {}), loop.steps, facts.I, facts.II, stops, idle)

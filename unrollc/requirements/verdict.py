@@ -120,6 +120,7 @@ class Requirements:
         I, II: The requirements that concern all meta-parameters alike.
         stops: Where code declares a derivative to be zero although the value depends on the
             meta-parameters; the meta-gradient follows the declaration.
+        idle: Whether no fast weight has an inner gradient, so that the inner loop does nothing.
     """
 
     verdicts: Mapping[str, Verdict]
@@ -128,6 +129,7 @@ class Requirements:
     I: Finding = Finding(None, "not decided")
     II: Finding = Finding(None, "not decided")
     stops: tuple[CutOp, ...] = ()
+    idle: bool = False
 
     @functools.cached_property
     def derivations(self) -> tuple[Derivation, ...]:
@@ -163,8 +165,8 @@ class Requirements:
 
     @property
     def ok(self) -> bool:
-        """Whether every requested meta-gradient exists."""
-        return not self.failed
+        """Whether every requested meta-gradient exists (and the inner loop does anything)."""
+        return not self.failed and not self.idle
 
     def __getitem__(self, key: str | Tensor | Any) -> Verdict:
         tensor = getattr(key, "per_step", key)
@@ -185,10 +187,29 @@ class Requirements:
         """Raise the first failed verdict that was requested.
 
         Raises:
-            RequirementError: If a requested meta-gradient is zero or undefined.
+            RequirementError: If a requested meta-gradient is zero or undefined, or if the inner
+                loss reaches no fast weight.
         """
         for verdict in self.failed:
             raise verdict.error()
+        self.raise_if_idle()
+
+    def raise_if_idle(self) -> None:
+        """Raise if the inner loss reaches no fast weight.
+
+        Raises:
+            RequirementError: With the line that cuts the inner gradient.
+        """
+        if not self.idle:
+            return
+        raise RequirementError(
+            "the inner loss does not depend on any parameter that the optimizer holds",
+            where=self.II.where,
+            why="every inner gradient is absent, so the inner loop would change nothing: "
+            f"{self.II.reason}",
+            remedy="check that the loss uses the model's prediction, and for detach() or no_grad "
+            "on the way",
+        )
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Plain data for tools: one entry a meta-parameter, with one a requirement."""

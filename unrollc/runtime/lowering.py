@@ -16,7 +16,7 @@ from unrollc.capture.naming import Names
 from unrollc.capture.problem import PerStep, Problem, Stock
 from unrollc.capture.validation import capture_val
 from unrollc.codegen.module import GeneratedCode, generate
-from unrollc.errors import InputError, RequirementError
+from unrollc.errors import InputError
 from unrollc.optimize.simplify import simplify
 from unrollc.plan.memory import MemoryPlan, plan_memory
 from unrollc.plan.pieces import Pieces
@@ -185,7 +185,7 @@ def lower(
     if differentiate:
         requirements.raise_for_failure()
         meta = [m for m in captured.meta if m.requested]
-    _raise_without_gradient(loop, requirements)
+    requirements.raise_if_idle()
     with explained("the derivative of the captured step", _UNDIFFERENTIABLE):
         found = differentiated(loop, captured.val, meta, options) if meta else None
     if found is not None:
@@ -202,20 +202,6 @@ def lower(
         generated=generate(pieces, plan),
         meta=tuple(meta),
         lifted_require=tuple(tensor.requires_grad for tensor in captured.lifted.values()),
-    )
-
-
-def _raise_without_gradient(loop: Loop, requirements: Requirements) -> None:
-    if any(node is not None for s in loop.steps for _, node in s.outputs_with(Role.GRADIENT)):
-        return
-    finding = requirements.II
-    raise RequirementError(
-        "the inner loss does not depend on any parameter that the optimizer holds",
-        where=finding.where,
-        why=f"every inner gradient is absent, so the inner loop would change nothing: "
-        f"{finding.reason}",
-        remedy="check that the loss uses the model's prediction, and for detach() or no_grad on "
-        "the way",
     )
 
 
