@@ -582,6 +582,29 @@ def test_a_comparison_that_multiplies_is_listed() -> None:
     assert [(kink.op, kink.at) for kink in found[lr].kinks] == [("gt", "equality, where it jumps")]
 
 
+MARGIN = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+
+
+def hinged(prediction: Tensor, target: Tensor) -> Tensor:
+    return F.relu(MARGIN - prediction).mean()  # the hinge
+
+
+def test_a_margin_moves_only_the_kink() -> None:
+    """The mixed derivative is zero almost everywhere, though the loss depends on both."""
+    verdict = check(loss=hinged, val_loss=F.cross_entropy, meta=[MARGIN])[MARGIN]
+    assert verdict.status == "zero" and blamed(verdict, "the hinge")
+    assert [cut.op for cut in verdict.cuts] == ["threshold_backward"]
+    assert [kink.op for kink in verdict.kinks] == ["relu"]
+
+
+def test_a_flat_path_into_lval_is_blamed_on_itself() -> None:
+    def clamped(prediction: Tensor, target: Tensor) -> Tensor:
+        return SCALE.clamp(0.0, 1.0) * target.double().mean()  # the clamp
+
+    verdict = check(val_loss=clamped, meta=[SCALE])[SCALE]
+    assert verdict.status == "zero" and blamed(verdict, "the clamp")
+
+
 def test_one_hot_targets() -> None:
     found = check(loss=lambda p, t: (p - F.one_hot(t, 3)).square().mean())
     assert found.ok

@@ -332,7 +332,10 @@ class Recorder(TorchDispatchMode):
             source = self.origin.meta.get("source")
         else:
             source = self._sources.here(optimizer=self.phase is Phase.UPDATE)
-        self._lines[torch.autograd._get_sequence_nr() - 1] = source
+        number = torch.autograd._get_sequence_nr()
+        self._lines[number - 1] = source
+        # Where a closure tensor requires grad, autograd below torch.func has made a node as well.
+        self._lines.setdefault(number - 2, source)
         return source
 
     def stops_gradient(self) -> bool:

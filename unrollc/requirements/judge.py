@@ -133,7 +133,7 @@ def _ruling(parameter: MetaParameter, facts: Facts, a: Finding, b: Finding) -> _
 def _severed(parameter: MetaParameter, facts: Facts, a: Finding, b: Finding) -> _Ruling:
     """Why no differentiable path leads from the parameter to Lval."""
     graphs, key = facts.graphs, parameter.key
-    if facts.I.holds is False:
+    if facts.I.holds is False and not _directly_cut(graphs, key):
         stopped = "stops the gradient" in facts.I.reason
         return _Ruling("zero", facts.I.reason, facts.I.where, _STOP if stopped else _I_REMEDY)
     if parameter.role is Role.THETA and graphs.steps_back < len(graphs.sequence):
@@ -162,6 +162,12 @@ def _severed(parameter: MetaParameter, facts: Facts, a: Finding, b: Finding) -> 
         return _Ruling("zero", _ONLY_STATE, None, _UNUSED_REMEDY)
     reason = "neither the inner steps nor the validation loss depend on it"
     return _Ruling("zero", reason, None, _UNUSED_REMEDY)
+
+
+def _directly_cut(graphs: Graphs, key: Key) -> bool:
+    """Whether Lval reads the parameter itself, along paths that are cut."""
+    node = graphs.val.inputs.get(key)
+    return node is not None and bool(minimal_cut(graphs.val, [node], graphs.val.results(Role.LOSS)))
 
 
 def _additive(graphs: Graphs, key: Key) -> Source | None:
