@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,20 +13,15 @@ from torch.nn import functional as F
 
 import unrollc
 from tests.oracles import cases
+from tests.requirements import lines
 from unrollc.requirements.verdict import Requirements, Verdict
 
 pytestmark = pytest.mark.usefixtures("float64")
 
 T = 3
-HERE = "test_cases.py"
 
 
-def line_of(text: str) -> str:
-    """``file:line`` of the one line of this file that ends with a marker comment."""
-    with open(__file__, encoding="utf-8") as file:
-        found = [i for i, line in enumerate(file, 1) if line.rstrip().endswith(f"# {text}")]
-    assert len(found) == 1, text
-    return f"{HERE}:{found[0]}"
+line_of = functools.partial(lines.line_of, __file__)
 
 
 def tensor(value: float) -> Tensor:

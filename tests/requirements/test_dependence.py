@@ -1,5 +1,6 @@
 """Verdicts by dependence: what exists, what is zero, what is undefined, with reason and line."""
 
+import functools
 import json
 import math
 from collections.abc import Callable
@@ -14,19 +15,14 @@ import unrollc
 from tests.oracles import cases, finite, ordinary
 from tests.oracles.models import MLP, WeightedLoss
 from tests.oracles.objectives import unstack
+from tests.requirements import lines
 
 pytestmark = pytest.mark.usefixtures("float64")
 
 T = 3
-HERE = "test_dependence.py"
 
 
-def line_of(text: str) -> str:
-    """``file:line`` of the one line of this file that ends with a marker comment."""
-    with open(__file__, encoding="utf-8") as file:
-        found = [i for i, line in enumerate(file, 1) if line.rstrip().endswith(f"# {text}")]
-    assert len(found) == 1, text
-    return f"{HERE}:{found[0]}"
+line_of = functools.partial(lines.line_of, __file__)
 
 
 def tensor(value: float) -> Tensor:

@@ -150,11 +150,8 @@ class StepRecording:
         tuned = {label: found for label, node in counted.items() if (found := tuned_by(node))}
         for label, node in self._placeholders(inputs):
             node.meta["counter"] = label in counted and label not in tuned
-        lifted = self.shared.lifted
-        graph = assemble(recorder, self.values, outputs, self.names, lifted)
-        for tensor, node in recorder.lifted:
-            index = next(i for i, known in enumerate(lifted) if known is tensor)
-            node.meta["hyper"] = (closure_label(index),)
+        graph = assemble(recorder, self.values, outputs, self.names, self.shared.lifted)
+        self._name_lifted()
         verify_update(graph)
         for value, gradient in graph.outputs_with(Role.GRADIENT):
             if gradient is not None:
@@ -175,6 +172,13 @@ class StepRecording:
             zero_tests=tuple(recorder.zero_tests),
         )
         return graph, kind
+
+    def _name_lifted(self) -> None:
+        """Let `tuned_by` find the closure tensors that a known scalar depends on."""
+        lifted = self.shared.lifted
+        for tensor, node in self.recorder.lifted:
+            index = next(i for i, known in enumerate(lifted) if known is tensor)
+            node.meta["hyper"] = (closure_label(index),)
 
     def _placeholders(self, inputs: list[Tensor]) -> list[tuple[str, fx.Node]]:
         found = []

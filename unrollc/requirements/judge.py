@@ -165,8 +165,8 @@ def _severed(parameter: MetaParameter, facts: Facts, a: Finding, b: Finding) -> 
 
 
 def _directly_cut(graphs: Graphs, key: Key) -> bool:
-    """Whether Lval reads the parameter itself, along paths that are cut."""
-    node = graphs.val.inputs.get(key)
+    """Whether Lval reads a parameter other than θ itself, along paths that are cut."""
+    node = graphs.val.inputs.get(key) if key[0] is not Role.THETA else None
     return node is not None and bool(minimal_cut(graphs.val, [node], graphs.val.results(Role.LOSS)))
 
 
