@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import unrollc
 from tests.oracles import cases
 from tests.requirements import lines
+from unrollc.requirements.edges import _KNOWN
 from unrollc.requirements.verdict import Requirements, Verdict
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -634,3 +635,28 @@ def test_a_row_for_each_parameter_and_each_requirement() -> None:
         "reason": "0",
         "where": str(found["loss.phi"].I.kinks[0].where),
     }
+
+
+def test_what_a_convolution_hands_on_depends_on_what_is_asked_of_it() -> None:
+    """A first layer asks for no gradient of its input; that must not stand for later layers."""
+    scale = tensor(1.3)
+
+    def scaled(prediction: Tensor, target: Tensor) -> Tensor:
+        return scale * F.cross_entropy(prediction, target)
+
+    def status(*layers: nn.Module) -> str:
+        net = nn.Sequential(nn.Unflatten(1, (1, 2, 2)), *layers, nn.Flatten(), nn.LazyLinear(3))
+        net(torch.zeros(1, 4))
+        for parameter in net.parameters():
+            parameter.requires_grad_(parameter is layers[0].weight)
+        found = check(
+            net,
+            loss=scaled,
+            optimizer=lambda _: torch.optim.SGD([layers[0].weight], lr=0.1),
+            val_loss=F.cross_entropy,
+        )
+        return found[scale].status
+
+    _KNOWN.clear()
+    assert status(nn.Conv2d(1, 2, 1)) == "exists"
+    assert status(nn.Conv2d(1, 2, 1), nn.Conv2d(2, 2, 1)) == "exists"

@@ -127,8 +127,8 @@ def _kind(node: fx.Node, operands: list[fx.Node], zeros: set[fx.Node]) -> Any:
             fake = value.meta["val"]
             return (position[value], fake.dtype, fake.dim(), value in zeros)
         if isinstance(value, tuple | list):
-            if value and all(isinstance(item, int) for item in value):
-                return len(value)  # sizes and axes
+            if value and all(type(item) is int for item in value):
+                return len(value)  # sizes and axes; truth values say which results are asked for
             return tuple(described(item) for item in value)
         return repr(value)
 
