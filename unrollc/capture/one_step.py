@@ -43,6 +43,24 @@ class Cut:
 
 
 @dataclass(frozen=True)
+class Branch:
+    """A test of a hyperparameter that decided which code was captured.
+
+    Attributes:
+        labels: Labels of the hyperparameters that the test depends on.
+        source: Its line.
+        outcome: What it came to.
+        assumed: Whether it came to that for a hyperparameter that is exactly zero, where both
+            branches compute the same (see `zero_branch`).
+    """
+
+    labels: tuple[str, ...]
+    source: Source | None
+    outcome: bool
+    assumed: bool
+
+
+@dataclass(frozen=True)
 class Kind:
     """One captured step and the conditions under which it stands for another.
 
@@ -56,6 +74,7 @@ class Kind:
         tuned: Known scalars after the step that tensor hyperparameters had a part in, with the
             labels of these.
         zero_tests: Hyperparameters that are exactly zero where the code asks whether they are.
+        branches: Tests of hyperparameters, with their outcome.
     """
 
     graph: int
@@ -67,6 +86,7 @@ class Kind:
     cuts: tuple[Cut, ...]
     tuned: dict[str, tuple[str, ...]]
     zero_tests: tuple[tuple[str, Source | None], ...]
+    branches: tuple[Branch, ...]
 
 
 @dataclass(frozen=True)
@@ -170,6 +190,7 @@ class StepRecording:
             ),
             tuned=tuned,
             zero_tests=tuple(recorder.zero_tests),
+            branches=_branches(recorder),
         )
         return graph, kind
 
@@ -284,6 +305,18 @@ class StepRecording:
     def _labels_of_nodes(self) -> dict[fx.Node, str]:
         named = {value.name: value.label for value in self.values}
         return {n: named[n.name] for n in self.recorder.graph.nodes if n.name in named}
+
+
+def _branches(recorder: Recorder) -> tuple[Branch, ...]:
+    """The truth values that Python took from hyperparameters, each line once."""
+    assumed = [Branch(tuned_by(g.node), g.source, bool(g.value), True) for g in recorder.assumed]
+    lines = {branch.source for branch in assumed}
+    found = [
+        Branch(tuned_by(guard.node), guard.source, bool(guard.value), False)
+        for guard in recorder.guards
+        if guard.truth and guard.source not in lines
+    ]
+    return tuple(dict.fromkeys(branch for branch in (*assumed, *found) if branch.labels))
 
 
 def tuned_by(node: fx.Node) -> tuple[str, ...]:

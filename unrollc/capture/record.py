@@ -66,6 +66,7 @@ class Recorder(TorchDispatchMode):
             from outside would see a stale value.
         nonzero: Labels of hyperparameters for which ``x != 0`` is answered with yes.
         zero_tests: Hyperparameters equal to zero that the code compared with zero.
+        assumed: Answers given for `nonzero`; the graph is valid under the others as well.
     """
 
     def __init__(self, sources: SourceFinder, fake_mode: FakeTensorMode | None = None) -> None:
@@ -81,6 +82,7 @@ class Recorder(TorchDispatchMode):
         self.nonzero: frozenset[str] = frozenset()
         self.fast: dict[int, str] = {}
         self.zero_tests: list[tuple[str, Source | None]] = []
+        self.assumed: list[Guard] = []
         self.origin: fx.Node | None = None
         self.declaring = False
         self._sources = sources
@@ -296,7 +298,7 @@ class Recorder(TorchDispatchMode):
         if (label := self._zero_tested(node)) is not None:
             self.zero_tests.append((label, source))
             if label in self.nonzero:
-                return node.target in (aten.ne.Scalar, aten.gt.Scalar)
+                return self._as_if_positive(node, source)
         if node not in self.concrete:
             raise CaptureError(
                 "Python control flow or arithmetic depends on the data",
@@ -321,6 +323,20 @@ class Recorder(TorchDispatchMode):
         if tested.op != "placeholder" or len(labels) != 1 or tested not in self.concrete:
             return None
         return str(labels[0]) if not self.concrete[tested].any() else None
+
+    def _as_if_positive(self, test: fx.Node, source: Source | None) -> bool:
+        """The answer of a test ``x != 0`` or ``x > 0`` for a positive x.
+
+        It stays so as long as x is not negative, which is guarded where the answer would change.
+        """
+        if test.target in (aten.gt.Scalar, aten.le.Scalar):
+            tested: Any = test.args[0]
+            negative = self.graph.call_function(aten.lt.Scalar, (tested, 0))
+            self.concrete[negative] = self.concrete[tested] < 0
+            self.guards.append(Guard(negative, False, source, truth=True))
+        answer = test.target in (aten.ne.Scalar, aten.gt.Scalar)
+        self.assumed.append(Guard(test, answer, source, truth=True))
+        return answer
 
     # -- lines and stopped gradients ----------------------------------------------------------
 

@@ -218,11 +218,16 @@ def _scaled(factor: Any, x: Any) -> Any:
 
 
 def _add(x: Any, y: Any, *, alpha: Any = 1, out: Any = None) -> Any:
-    return x + _scaled(alpha, y)
+    return x + _scaled(alpha, _promoted(x, y))
 
 
 def _sub(x: Any, y: Any, *, alpha: Any = 1, out: Any = None) -> Any:
-    return x - _scaled(alpha, y)
+    return x - _scaled(alpha, _promoted(x, y))
+
+
+def _promoted(x: Any, y: Any) -> Any:
+    """`y` in the dtype in which the op computes: a bfloat16 update is scaled in float32."""
+    return y.to(torch.result_type(x, y)) if isinstance(y, Tensor) else y
 
 
 def _addcmul(x: Any, y: Any, z: Any, *, value: Any = 1, out: Any = None) -> Any:
