@@ -26,13 +26,13 @@ The optimizers' own `step` is captured, so there is no list of supported ones. T
 was verified of the configurations on which PyTorch tests its own optimizers (`optim_db`), and of a
 few more:
 
-* **steps**: five captured steps equal five steps of the real optimizer, weights and optimizer state
-  alike, to a relative 1e-10 in float64; the number is that of the distinct steps that were captured.
-* **= differences**: meta-gradients that equal finite differences of the real optimizer's training to
-  1e-5. Every number of the param group was a tensor, or a `PerStep`, also where PyTorch wants a number.
+* **steps**: five captured steps equal five steps of the real optimizer, weights and optimizer
+  state alike, to a relative 1e-10 in float64; the number is that of the distinct captured steps.
+* **= differences**: meta-gradients that equal finite differences of the real optimizer's training
+  to 1e-5. Every number of the param group was a tensor, also where PyTorch wants a number.
 * **= eager**: those that eager PyTorch (`differentiable=True`) computes too, equal to 1e-10.
-* **eager differs**: those for which eager PyTorch gives another number, which differences refute: SGD
-  starts its momentum from a detached gradient, for one.
+* **eager differs**: those for which eager PyTorch gives another number, which differences refute:
+  SGD starts its momentum from a detached gradient, for one.
 * **no gradient**: where unrollc says so, and why.
 
 Muon iterates in bfloat16, whose rounding hides its derivatives from finite differences; for the

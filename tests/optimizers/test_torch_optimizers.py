@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 
 import unrollc
-from tests.oracles import ordinary
-from tests.oracles.compare import assert_close, relative_error
 from tests.optimizers.configurations import (
     COLUMNS,
     Configuration,
@@ -23,6 +21,8 @@ from tests.optimizers.configurations import (
     exact_casts,
     tensor_hyperparameters,
 )
+from tests.oracles import ordinary
+from tests.oracles.compare import assert_close, relative_error
 
 pytestmark = pytest.mark.usefixtures("float64")
 
