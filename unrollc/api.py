@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from unrollc.capture.batches import repeat
-from unrollc.capture.problem import Loss, Objective, PerStep, Problem, objective
+from unrollc.capture.problem import Loss, Objective, PerStep, Problem, Transform, objective
 from unrollc.errors import (
     CaptureError,
     InputError,
@@ -51,6 +51,7 @@ def compile(
     loss: Loss,
     *,
     val_loss: Loss | None = None,
+    grad_transform: Transform | None = None,
     meta: Sequence[Tensor | PerStep | str] | None = None,
     gradient: Gradient = "exact",
     memory: int | str | None = None,
@@ -69,6 +70,11 @@ def compile(
             tensor that requires grad, or a `PerStep`.
         loss: ``loss(prediction, target) -> scalar``, a module, or an `objective`.
         val_loss: Likewise, for the validation batch; by default the same as `loss`.
+        grad_transform: Called between backward pass and optimizer step with the list of the
+            optimizer's parameters whose ``.grad`` is set; it changes or rebinds ``.grad``, as
+            ``lambda params: torch.nn.utils.clip_grad_norm_(params, 1.0)`` does. Its return value
+            is ignored; the update is differentiated through it. Parameters of a module count as
+            meta-parameters.
         meta: Meta-parameters, as tensors or labels; by default everything that requires grad.
         gradient: "exact", `FirstOrder` or `Truncated`.
         memory: Must be None in this version.
@@ -93,8 +99,14 @@ def compile(
     for name, given in (("loss", loss), ("val_loss", val_loss)):
         if not isinstance(given, Objective) and not callable(given):
             raise InputError(f"{name} is {type(given).__name__}, not a callable")
+    if grad_transform is not None and not callable(grad_transform):
+        raise InputError(
+            f"grad_transform is {type(grad_transform).__name__}, not a callable",
+            remedy="pass a function of a list of parameters, e.g. "
+            "lambda params: torch.nn.utils.clip_grad_norm_(params, 1.0)",
+        )
     options = read_options(meta, gradient, memory, backend, debug)
-    return Program(Problem(model, opt, loss, val_loss), options)
+    return Program(Problem(model, opt, loss, val_loss, grad_transform), options)
 
 
 def check(

@@ -201,15 +201,22 @@ def verify_update(step: StepGraph) -> None:
 
     Differentiation cuts the step there: Oᵀ·B is the cotangent of what crosses the cut.
     """
+    for source in read_besides_gradients(step):
+        raise AssertionError(f"the update reads {source.format_node()}, which is no gradient")
+
+
+def read_besides_gradients(step: StepGraph) -> list[fx.Node]:
+    """What the update reads of the inner step's forward, loss and gradient besides gradients."""
     gradients = {node for _, node in step.outputs_with(Role.GRADIENT)}
     inner = (Phase.FORWARD, Phase.LOSS, Phase.GRADIENT)
+    found: dict[fx.Node, None] = {}
     for node in step.graph.nodes:
         if node.op == "call_function" and node.meta["phase"] is Phase.UPDATE:
             for source in node.all_input_nodes:
                 crossing = source.op == "call_function" and source.meta["phase"] in inner
-                assert not crossing or source in gradients, (
-                    f"the update reads {source.format_node()}, which is no gradient"
-                )
+                if crossing and source not in gradients:
+                    found[source] = None
+    return list(found)
 
 
 def tensors_of(node: fx.Node) -> list[torch.Tensor]:

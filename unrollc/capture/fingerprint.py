@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import types
 from typing import Any
 
@@ -49,6 +50,17 @@ class Fingerprint:
         parts.append((type(problem.opt), self.of(own)))
         for loss in (problem.loss, problem.val_loss):
             parts.append(self.of(loss.fn if isinstance(loss, Objective) else loss))
+        parts.append(self.of(problem.grad_transform))
+        return tuple(parts)
+
+    def of_code(self, code: Any) -> Any:
+        """A function, or a module with the attributes of all its parts."""
+        if not isinstance(code, nn.Module):
+            return self.of(code)
+        parts = []
+        for name, child in code.named_modules():
+            own = {k: v for k, v in vars(child).items() if k not in _MODULE_PARTS}
+            parts.append((name, type(child), self.of(own)))
         return tuple(parts)
 
     def of(self, value: Any, depth: int = _DEPTH) -> Any:
@@ -60,6 +72,9 @@ class Fingerprint:
         if depth and isinstance(value, dict) and len(value) <= _ITEMS:
             items = (self.of(pair, depth - 1) for pair in value.items())
             return (type(value).__name__, *items)
+        if isinstance(value, functools.partial) and depth:
+            given = (value.func, value.args, value.keywords)
+            return ("partial", *(self.of(part, depth) for part in given))
         if isinstance(value, types.MethodType):
             return ("method", self.of(value.__func__, depth), self._owner(value, depth))
         if isinstance(value, types.FunctionType):

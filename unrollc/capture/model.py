@@ -168,6 +168,27 @@ def run_user_loss(
         tensors: Replacements by label; buffers that the forward rebinds are updated in it.
         batch: ``(inputs, target)``, or what an objective takes.
     """
+    with in_place_of_users(problem, stock, tensors):
+        recorder.phase = Phase.FORWARD
+        if isinstance(loss, Objective):
+            value = loss.fn(problem.model, batch)
+        else:
+            inputs, target = batch
+            prediction = problem.model(*as_arguments(inputs))
+            recorder.phase = Phase.LOSS
+            value = loss(prediction, target)
+        return _scalar(value, problem, loss)
+
+
+@contextlib.contextmanager
+def in_place_of_users(problem: Problem, stock: Stock, tensors: dict[str, Tensor]) -> Iterator[None]:
+    """User code inside meets traced tensors wherever it reaches for its own.
+
+    Args:
+        problem: The user's objects.
+        stock: Their tensors.
+        tensors: Replacements by label; buffers that the code rebinds are updated in it.
+    """
     with contextlib.ExitStack() as stack:
         for prefix, module in problem.modules.items():
             own = {
@@ -179,15 +200,7 @@ def run_user_loss(
         originals = {**stock.theta, **stock.context, **stock.buffers}
         replacements = {id(t): tensors[label] for label, t in originals.items()}
         stack.enter_context(_Substituted(replacements))
-        recorder.phase = Phase.FORWARD
-        if isinstance(loss, Objective):
-            value = loss.fn(problem.model, batch)
-        else:
-            inputs, target = batch
-            prediction = problem.model(*as_arguments(inputs))
-            recorder.phase = Phase.LOSS
-            value = loss(prediction, target)
-        return _scalar(value, problem, loss)
+        yield
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from unrollc.capture.assemble import Concretes, assemble, closure_label, concretes_of
 from unrollc.capture.batches import Batches
+from unrollc.capture.gradients import check_transform, run_user_transform
 from unrollc.capture.model import (
     capturing,
     explained,
@@ -152,6 +153,7 @@ class StepRecording:
             node.meta["counter"] = label in counted and label not in tuned
         graph = assemble(recorder, self.values, outputs, self.names, self.shared.lifted)
         self._name_lifted()
+        check_transform(self.problem, graph)
         verify_update(graph)
         for value, gradient in graph.outputs_with(Role.GRADIENT):
             if gradient is not None:
@@ -234,6 +236,9 @@ class StepRecording:
         hooked = {k: g.clone() for k, g in with_parameter_hooks(stock.theta, reached).items()}
         gradient_nodes = {label: recorder.node_of(g) for label, g in hooked.items()}
         recorder.phase = Phase.UPDATE
+        if self.problem.grad_transform is not None:
+            after = {**theta, **extra, **after}
+            hooked = run_user_transform(self.problem, stock, recorder, after, hooked)
         frozen = {
             stock.owners[id(parameter)]
             for group in self.problem.opt.param_groups

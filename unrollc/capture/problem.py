@@ -60,6 +60,9 @@ def objective(fn: Callable[[nn.Module, Any], Tensor]) -> Objective:
 
 Loss = Callable[..., Tensor] | nn.Module | Objective
 
+#: Called with the parameters whose ``.grad`` is set, between backward pass and optimizer step.
+Transform = Callable[[list[Tensor]], Any]
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -69,6 +72,7 @@ class Problem:
     opt: torch.optim.Optimizer
     loss: Loss
     val_loss: Loss
+    grad_transform: Transform | None = None
 
     @property
     def modules(self) -> dict[str, nn.Module]:
@@ -78,6 +82,8 @@ class Problem:
             found[self._prefix("loss")] = self.loss
         if isinstance(self.val_loss, nn.Module) and self.val_loss is not self.loss:
             found[self._prefix("val_loss")] = self.val_loss
+        if isinstance(self.grad_transform, nn.Module):
+            found[self._prefix("grad_transform")] = self.grad_transform
         return found
 
     def _prefix(self, name: str) -> str:
