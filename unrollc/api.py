@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from unrollc.capture.batches import repeat
 from unrollc.capture.problem import Loss, Objective, PerStep, Problem, Transform, objective
+from unrollc.capture.schedule import check_scheduler
 from unrollc.errors import (
     CaptureError,
     InputError,
@@ -52,6 +54,7 @@ def compile(
     *,
     val_loss: Loss | None = None,
     grad_transform: Transform | None = None,
+    scheduler: LRScheduler | None = None,
     meta: Sequence[Tensor | PerStep | str] | None = None,
     gradient: Gradient = "exact",
     memory: int | str | None = None,
@@ -75,6 +78,9 @@ def compile(
             ``lambda params: torch.nn.utils.clip_grad_norm_(params, 1.0)`` does. Its return value
             is ignored; the update is differentiated through it. Parameters of a module count as
             meta-parameters.
+        scheduler: A scheduler of `torch.optim.lr_scheduler` over `opt`; left untouched. It steps
+            once after each inner step, from the state it has now. Where the learning rate is a
+            tensor, that is the schedule's present rate, and its base rate follows.
         meta: Meta-parameters, as tensors or labels; by default everything that requires grad.
         gradient: "exact", `FirstOrder` or `Truncated`.
         memory: Must be None in this version.
@@ -105,8 +111,10 @@ def compile(
             remedy="pass a function of a list of parameters, e.g. "
             "lambda params: torch.nn.utils.clip_grad_norm_(params, 1.0)",
         )
+    if scheduler is not None:
+        check_scheduler(scheduler, opt)
     options = read_options(meta, gradient, memory, backend, debug)
-    return Program(Problem(model, opt, loss, val_loss, grad_transform), options)
+    return Program(Problem(model, opt, loss, val_loss, grad_transform, scheduler), options)
 
 
 def check(

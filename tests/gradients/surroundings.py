@@ -2,7 +2,7 @@
 
 Everything is on one autograd graph: learning rates that a schedule yields, a transform of the
 gradients, what happens to the weights before and after the update, and an average of the weights.
-Nothing here comes from the package.
+Nothing in it comes from the package.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from tests.oracles.compare import assert_close, relative_error
 
 T = 3
 Weights = list[Tensor]
@@ -94,3 +96,13 @@ def unroll(
             mean = [average(a, w, count) for a, w in pairs] if count else list(theta)
             count += 1
     return Unrolled(loss_of(mean if average else theta, *val), theta, list(mean))
+
+
+def assert_agrees(result: Any, expected: Unrolled, leaves: dict[str, Tensor]) -> None:
+    """Hold a program's loss and meta-gradients against the hand-written loop."""
+    assert relative_error(result.loss, expected.loss) < 1e-12
+    found = torch.autograd.grad(result.loss, list(leaves.values()), retain_graph=True)
+    wanted = torch.autograd.grad(expected.loss, list(leaves.values()))
+    assert_close(
+        dict(zip(leaves, found, strict=True)), dict(zip(leaves, wanted, strict=True)), rtol=1e-10
+    )

@@ -10,7 +10,7 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
 import unrollc
 from tests.differentiate.steps import pulled_back
-from tests.gradients.surroundings import Unrolled, Weights, task, unroll
+from tests.gradients.surroundings import Weights, assert_agrees, task, unroll
 from tests.oracles import finite
 from tests.oracles.compare import assert_close, relative_error
 from unrollc.differentiate.mixed import mixed_adjoint
@@ -77,15 +77,6 @@ TRANSFORMS: dict[str, tuple[Callable, Callable]] = {
     ),
     "through .data": (halve_data, lambda theta, gradients: [g * 0.5 for g in gradients]),
 }
-
-
-def assert_agrees(result: unrollc.Result, expected: Unrolled, leaves: dict[str, Tensor]) -> None:
-    assert relative_error(result.loss, expected.loss) < 1e-12
-    found = torch.autograd.grad(result.loss, list(leaves.values()))
-    wanted = torch.autograd.grad(expected.loss, list(leaves.values()))
-    assert_close(
-        dict(zip(leaves, found, strict=True)), dict(zip(leaves, wanted, strict=True)), rtol=1e-10
-    )
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils import _pytree as pytree
 
 from unrollc.capture.optimizer import Layout, hyper_label, read_layout
@@ -73,6 +74,7 @@ class Problem:
     loss: Loss
     val_loss: Loss
     grad_transform: Transform | None = None
+    scheduler: LRScheduler | None = None
 
     @property
     def modules(self) -> dict[str, nn.Module]:
@@ -106,6 +108,7 @@ class Stock:
         opt_state: Tensors in the optimizer's state.
         layout: The optimizer's state and groups without their tensors.
         owners: Labels of parameters by id.
+        behind: Tensors of the user's that a scheduled hyperparameter is computed from.
     """
 
     theta: dict[str, Tensor]
@@ -115,6 +118,7 @@ class Stock:
     opt_state: dict[str, Tensor]
     layout: Layout
     owners: dict[int, str]
+    behind: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
 
     @property
     def differentiable(self) -> dict[str, Tensor]:

@@ -126,7 +126,8 @@ def candidates(
     for label, tensor in stock.theta.items():
         found[Role.THETA, label] = (tensor,)
     for label, value in stock.hyper.items():
-        found[Role.HYPER, label] = (value.per_step if isinstance(value, PerStep) else value,)
+        tensor = value.per_step if isinstance(value, PerStep) else value
+        found[Role.HYPER, label] = (tensor, *stock.behind.get(label, ()))
     for label, tensor in {**stock.context, **lifted}.items():
         found[Role.CONTEXT, label] = (tensor,)
     for batches in (train, val):
