@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import optimizer
 
 from unrollc.capture.problem import Objective, Problem
 
@@ -20,6 +21,13 @@ _ITEMS = 64
 #: Attributes of a module that are keyed elsewhere or that PyTorch itself maintains.
 _MODULE_PARTS = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
 _OPTIMIZER_PARTS = {"state", "param_groups", "step"}
+
+
+def step_hooks_of(opt: torch.optim.Optimizer) -> list[Any]:
+    """The hooks that run around an optimizer's step, those of all optimizers included."""
+    own = [getattr(opt, f"_optimizer_step_{when}_hooks", {}) for when in ("pre", "post")]
+    shared = (optimizer._global_optimizer_pre_hooks, optimizer._global_optimizer_post_hooks)
+    return [hook for hooks in (*own, *shared) for hook in hooks.values()]
 
 
 class Fingerprint:
@@ -51,6 +59,7 @@ class Fingerprint:
         for loss in (problem.loss, problem.val_loss):
             parts.append(self.of(loss.fn if isinstance(loss, Objective) else loss))
         parts.append(self.of(problem.grad_transform))
+        parts += [self.of(hook) for hook in step_hooks_of(problem.opt)]
         return tuple(parts)
 
     def of_code(self, code: Any) -> Any:

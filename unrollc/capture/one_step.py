@@ -24,6 +24,7 @@ from unrollc.capture.optimizer import Layout, run_user_update
 from unrollc.capture.problem import PerStep, Problem, Stock
 from unrollc.capture.record import Recorder
 from unrollc.capture.source import SourceFinder
+from unrollc.capture.step_hooks import step_hooks
 from unrollc.errors import Source
 from unrollc.step import STATE_ROLES, Phase, Role, StepGraph, Value, verify_update
 
@@ -108,7 +109,8 @@ class StepRecording:
         self.layout, self.state, self.tuned = start.layout, start.state, start.tuned
         self.names = shared.names
         self.recorder = Recorder(SourceFinder(module_names(problem)))
-        self.recorder.fast = {id(tensor): label for label, tensor in stock.theta.items()}
+        changing = {**stock.theta, **stock.opt_state}
+        self.recorder.fast = {id(tensor): label for label, tensor in changing.items()}
         self.values: list[Value] = []
 
     def capture(
@@ -236,8 +238,8 @@ class StepRecording:
         hooked = {k: g.clone() for k, g in with_parameter_hooks(stock.theta, reached).items()}
         gradient_nodes = {label: recorder.node_of(g) for label, g in hooked.items()}
         recorder.phase = Phase.UPDATE
+        after = {**theta, **extra, **after}
         if self.problem.grad_transform is not None:
-            after = {**theta, **extra, **after}
             hooked = run_user_transform(self.problem, stock, recorder, after, hooked)
         frozen = {
             stock.owners[id(parameter)]
@@ -246,9 +248,11 @@ class StepRecording:
         } - set(theta)
         held = {label: tensors[label] for label in (*theta, *frozen)}
         known = {**held, **{label: tensors[label] for label in (*self.state, *stock.hyper)}}
-        layout, state = run_user_update(
-            self.problem.opt, recorder, self.layout, stock.owners, known, hooked
-        )
+        hyper = {label: tensors[label] for label in stock.hyper}
+        with step_hooks(self.problem, stock, recorder, after, hyper):
+            layout, state = run_user_update(
+                self.problem.opt, recorder, self.layout, stock.owners, known, hooked
+            )
         return {
             "theta": {label: known[label] for label in theta},
             "state": state,

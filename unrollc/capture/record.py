@@ -231,7 +231,7 @@ class Recorder(TorchDispatchMode):
             raise CaptureError(
                 f"the code reads {self.fast[id(tensor)]} behind the model's back",
                 where=self._line(),
-                why="the parameter is a fast weight; a reference from outside (an attribute of "
+                why="it changes from step to step; a reference from outside (an attribute of "
                 "the optimizer, say) would see its initial value at every step",
                 remedy="reach it through the model or through optimizer.param_groups",
             )
