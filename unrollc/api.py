@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.swa_utils import AveragedModel
 
+from unrollc.capture.averaging import check_average
 from unrollc.capture.batches import repeat
 from unrollc.capture.problem import Loss, Objective, PerStep, Problem, Transform, objective
 from unrollc.capture.schedule import check_scheduler
@@ -55,6 +57,7 @@ def compile(
     val_loss: Loss | None = None,
     grad_transform: Transform | None = None,
     scheduler: LRScheduler | None = None,
+    average: AveragedModel | None = None,
     meta: Sequence[Tensor | PerStep | str] | None = None,
     gradient: Gradient = "exact",
     memory: int | str | None = None,
@@ -81,6 +84,9 @@ def compile(
         scheduler: A scheduler of `torch.optim.lr_scheduler` over `opt`; left untouched. It steps
             once after each inner step, from the state it has now. Where the learning rate is a
             tensor, that is the schedule's present rate, and its base rate follows.
+        average: A `torch.optim.swa_utils.AveragedModel` over `model`; left untouched. Its
+            ``update_parameters`` runs after each inner step, starting from what it holds now, and
+            the validation loss is that of the averaged weights.
         meta: Meta-parameters, as tensors or labels; by default everything that requires grad.
         gradient: "exact", `FirstOrder` or `Truncated`.
         memory: Must be None in this version.
@@ -113,8 +119,10 @@ def compile(
         )
     if scheduler is not None:
         check_scheduler(scheduler, opt)
+    if average is not None:
+        check_average(average, model)
     options = read_options(meta, gradient, memory, backend, debug)
-    return Program(Problem(model, opt, loss, val_loss, grad_transform, scheduler), options)
+    return Program(Problem(model, opt, loss, val_loss, grad_transform, scheduler, average), options)
 
 
 def check(

@@ -59,6 +59,9 @@ class Fingerprint:
         for loss in (problem.loss, problem.val_loss):
             parts.append(self.of(loss.fn if isinstance(loss, Objective) else loss))
         parts.append(self.of(problem.grad_transform))
+        if problem.average is not None:
+            parts.append(self.of({k: v for k, v in vars(problem.average).items() if k[0] != "_"}))
+            parts.append(type(problem.average))
         parts += [self.of(hook) for hook in step_hooks_of(problem.opt)]
         return tuple(parts)
 

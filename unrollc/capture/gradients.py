@@ -20,7 +20,6 @@ from unrollc.capture.problem import Problem, Stock
 from unrollc.capture.record import Recorder
 from unrollc.capture.scalars import ScalarSlots
 from unrollc.errors import CaptureError
-from unrollc.step import StepGraph, read_besides_gradients
 
 
 def run_user_transform(
@@ -74,17 +73,4 @@ def unchanged(code: Any, what: str) -> Iterator[None]:
             why="it runs once, when a step is captured, and not at every inner step: a counter or "
             "a list would not grow",
             remedy="keep what changes from step to step in a tensor: a buffer of an nn.Module",
-        )
-
-
-def check_transform(problem: Problem, step: StepGraph) -> None:
-    """Refuse a transform that reads what the forward pass computed, save for gradients."""
-    if problem.grad_transform is None:
-        return
-    for node in read_besides_gradients(step):
-        raise CaptureError(
-            "grad_transform reads a buffer that the model's forward pass has changed",
-            where=node.meta.get("source"),
-            why="the update is differentiated through the gradients, its parameters and state",
-            remedy="keep the statistic in a buffer of the transform",
         )

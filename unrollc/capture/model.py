@@ -196,7 +196,7 @@ def in_place_of_users(problem: Problem, stock: Stock, tensors: dict[str, Tensor]
                 for label, tensor in tensors.items()
                 if label.startswith(prefix)
             }
-            stack.enter_context(_swapped(module, own, prefix, tensors))
+            stack.enter_context(swapped(module, own, prefix, tensors))
         originals = {**stock.theta, **stock.context, **stock.buffers}
         replacements = {id(t): tensors[label] for label, t in originals.items()}
         stack.enter_context(_Substituted(replacements))
@@ -204,9 +204,17 @@ def in_place_of_users(problem: Problem, stock: Stock, tensors: dict[str, Tensor]
 
 
 @contextlib.contextmanager
-def _swapped(
+def swapped(
     module: nn.Module, own: dict[str, Tensor], prefix: str, tensors: dict[str, Tensor]
 ) -> Iterator[None]:
+    """While traced tensors stand in a module.
+
+    Args:
+        module: The user's module.
+        own: The tensors by name.
+        prefix: What their labels start with.
+        tensors: Updated with those that code inside rebinds.
+    """
     names = {name for name, _ in module.named_parameters()} | {n for n, _ in module.named_buffers()}
     own = {name: tensor for name, tensor in own.items() if name in names}
     with _reparametrize_module(module, own, tie_weights=True):

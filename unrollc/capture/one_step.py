@@ -10,8 +10,9 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from unrollc.capture.assemble import Concretes, assemble, closure_label, concretes_of
+from unrollc.capture.averaging import run_user_average
 from unrollc.capture.batches import Batches
-from unrollc.capture.gradients import check_transform, run_user_transform
+from unrollc.capture.gradients import run_user_transform
 from unrollc.capture.model import (
     capturing,
     explained,
@@ -26,7 +27,7 @@ from unrollc.capture.record import Recorder
 from unrollc.capture.source import SourceFinder
 from unrollc.capture.step_hooks import step_hooks
 from unrollc.errors import Source
-from unrollc.step import STATE_ROLES, Phase, Role, StepGraph, Value, verify_update
+from unrollc.step import STATE_ROLES, Phase, Role, StepGraph, Value
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class StepRecording:
         self.layout, self.state, self.tuned = start.layout, start.state, start.tuned
         self.names = shared.names
         self.recorder = Recorder(SourceFinder(module_names(problem)))
-        changing = {**stock.theta, **stock.opt_state}
+        changing = {**stock.theta, **stock.opt_state, **stock.average}
         self.recorder.fast = {id(tensor): label for label, tensor in changing.items()}
         self.values: list[Value] = []
 
@@ -155,8 +156,6 @@ class StepRecording:
             node.meta["counter"] = label in counted and label not in tuned
         graph = assemble(recorder, self.values, outputs, self.names, self.shared.lifted)
         self._name_lifted()
-        check_transform(self.problem, graph)
-        verify_update(graph)
         for value, gradient in graph.outputs_with(Role.GRADIENT):
             if gradient is not None:
                 gradient.meta["called"] = f"grad_{value.name}"
@@ -202,6 +201,7 @@ class StepRecording:
             (Role.THETA, stock.theta),
             (Role.OPT_STATE, self.state),
             (Role.BUFFER, stock.buffers),
+            (Role.AVERAGE, stock.average),
             (Role.HYPER, hyper),
             (Role.CONTEXT, stock.context),
             (Role.BATCH, dict(zip(train.labels, train.at(step), strict=True))),
@@ -253,7 +253,11 @@ class StepRecording:
             layout, state = run_user_update(
                 self.problem.opt, recorder, self.layout, stock.owners, known, hooked
             )
+        average = {label: tensors[label] for label in stock.average}
+        if average:
+            average = run_user_average(self.problem, stock, recorder, after, average)
         return {
+            "average": average,
             "theta": {label: known[label] for label in theta},
             "state": state,
             "buffers": {label: after[label] for label in stock.buffers},
@@ -282,6 +286,8 @@ class StepRecording:
             add(Role.OPT_STATE, label, tensor)
         for label, tensor in results["buffers"].items():
             add(Role.BUFFER, label, tensor)
+        for label, tensor in results["average"].items():
+            add(Role.AVERAGE, label, tensor)
         add(Role.LOSS, "loss", results["loss"])
         for label, node in results["gradients"].items():
             found.append((Value(Role.GRADIENT, label, self.names(label), Role.THETA), node))

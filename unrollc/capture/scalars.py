@@ -72,6 +72,9 @@ class ScalarSlots(TorchFunctionMode):
             if kwargs.get("out") is not None:
                 return kwargs["out"].copy_(result)
             return result
+        if name == "_foreach_lerp" and isinstance(_weight(args, kwargs), Tensor):
+            args = (*args[:2], [_weight(args, kwargs).to(each.dtype) for each in args[0]])
+            kwargs = {}
         if name == "lerp":
             args, kwargs = _same_dtype_weight(args, kwargs)
         if name in ("clamp", "clip"):
@@ -205,6 +208,10 @@ def _is_masked_fill(target: Any, index: Any, value: Any) -> bool:
     """
     masked = isinstance(index, Tensor) and index.dtype is torch.bool and index.shape == target.shape
     return masked and (not isinstance(value, Tensor) or value.dim() == 0)
+
+
+def _weight(args: Any, kwargs: Any) -> Any:
+    return args[2] if len(args) > 2 else kwargs.get("weight")
 
 
 def _same_dtype_weight(args: Any, kwargs: Any) -> Any:

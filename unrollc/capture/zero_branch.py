@@ -61,6 +61,7 @@ def _agree(first: StepGraph, second: StepGraph, stock: Stock, batch: Sequence[Te
         **stock.theta,
         **stock.opt_state,
         **stock.buffers,
+        **stock.average,
         **stock.context,
         **{k: v.per_step[0] if isinstance(v, PerStep) else v for k, v in stock.hyper.items()},
     }

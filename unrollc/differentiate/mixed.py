@@ -27,7 +27,7 @@ from unrollc.differentiate.adjoint import (
 from unrollc.differentiate.guarded import guards_of
 from unrollc.differentiate.replay import _EQUIVALENTS, Replay, calls, is_projection, start
 from unrollc.differentiate.reverse import vector_jacobian
-from unrollc.step import STATE_ROLES, Phase, Role, StepGraph
+from unrollc.step import STATE_ROLES, Phase, Role, StepGraph, read_besides_gradients
 
 aten = torch.ops.aten
 
@@ -80,8 +80,13 @@ def mixed_adjoint(step: StepGraph, wanted: frozenset[Key], live: frozenset[Key])
 
 def mixed_obstacle(step: StepGraph, wanted: frozenset[Key], live: frozenset[Key]) -> str | None:
     """Why mixed mode does not cover this step although its gradient is a true one."""
-    if any(role is Role.BUFFER for role, _ in live):
-        return "a buffer carries a cotangent"
+    for value, node in step.outputs_with(*STATE_ROLES):
+        if node is None or (value.role, value.label) not in live:
+            continue
+        if value.role is Role.BUFFER or node.meta.get("phase") in _INNER:
+            return "a buffer carries a cotangent"
+    if read_besides_gradients(step):
+        return "the update reads a buffer that the forward pass has changed"
     with_gradient = {value.label for value, _ in step.outputs_with(Role.GRADIENT)}
     inner = {n for node in calls(step, *_INNER) for n in node.all_input_nodes}
     for value, node in zip(step.inputs, step.placeholders, strict=True):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from unrollc.capture.averaging import averaged_labels
 from unrollc.capture.batches import Batches, read_train, read_val
 from unrollc.capture.fingerprint import Fingerprint
 from unrollc.capture.loop import known_scalars
@@ -198,11 +199,12 @@ class Program:
             buffers={k: {**buffers, **after[Role.BUFFER]}[k] for k in stock.buffers},
             opt_state=state,
             inner_losses=run.inner_losses,
+            average=_average(given.problem, after[Role.AVERAGE]),
             scheduler=None if given.schedule is None else given.schedule.state,
-            _write=functools.partial(self._apply, given.schedule),
+            _write=functools.partial(self._apply, given.schedule, after[Role.AVERAGE]),
         )
 
-    def _apply(self, schedule: Schedule | None, result: Result) -> None:
+    def _apply(self, schedule: Schedule | None, average: dict[str, Tensor], result: Result) -> None:
         stock = take_stock(self._problem)
         by_label: dict[Any, Any] = {**stock.theta, **stock.context}
         with torch.no_grad():
@@ -210,6 +212,8 @@ class Program:
                 by_label[label].copy_(result.params[label])
             for label, tensor in result.buffers.items():
                 stock.buffers[label].copy_(tensor)
+            for label, tensor in average.items():
+                stock.average[label].copy_(tensor)
         for owner, state in result.opt_state.items():
             own = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), state)
             self._problem.opt.state[by_label.get(owner, owner)] = own
@@ -239,8 +243,22 @@ def _signature(stock: Stock) -> Any:
             rows.append((*row, isinstance(value, PerStep)))
         return tuple(rows)
 
-    groups = (stock.theta, stock.context, stock.buffers, stock.hyper, stock.opt_state)
+    groups = (
+        stock.theta,
+        stock.context,
+        stock.buffers,
+        stock.hyper,
+        stock.opt_state,
+        stock.average,
+    )
     return (tuple(described(group) for group in groups), repr(stock.layout))
+
+
+def _average(problem: Problem, tensors: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    """The averaged tensors by the names that they have in the model."""
+    if problem.average is None:
+        return None
+    return {label: tensors[its] for label, its in averaged_labels(problem).items()}
 
 
 def _inputs(lowered: Lowered, given: Given) -> dict[str, Any]:
@@ -254,6 +272,7 @@ def _inputs(lowered: Lowered, given: Given) -> dict[str, Any]:
         **stock.theta,
         **stock.opt_state,
         **stock.buffers,
+        **stock.average,
         **stock.context,
         **hyper,
         **lowered.loop.lifted,
