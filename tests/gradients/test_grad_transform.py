@@ -148,6 +148,44 @@ def test_a_learned_preconditioner_has_meta_gradients_and_state() -> None:
     assert torch.equal(transform.mean, result.buffers["grad_transform.mean"])
 
 
+class Levelled(nn.Module):
+    """A model with a running statistic that depends on its weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+        self.register_buffer("level", torch.tensor(0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.linear(x)
+        self.level = 0.8 * self.level + 0.2 * hidden.square().mean()
+        return hidden
+
+
+def test_a_buffer_that_the_forward_pass_changes_may_be_read() -> None:
+    """A path from θ into the update besides G: reverse mode follows it."""
+    _, train, val = task()
+    model = Levelled()
+    opt = torch.optim.SGD(model.parameters(), lr=0.3)
+
+    def transform(parameters: list[Tensor]) -> None:
+        for parameter in parameters:
+            parameter.grad.div_(model.level.sqrt())
+
+    program = unrollc.compile(model, opt, F.cross_entropy, grad_transform=transform)
+    result = program(train, val)
+    weight = model.linear.weight
+    (gradient,) = torch.autograd.grad(result.loss, weight)
+
+    def loss() -> Tensor:
+        with torch.no_grad():
+            return program(train, val).loss
+
+    finite.assert_gradient(loss, weight, gradient, step=1e-3)
+    reasons = {adjoint.reason for adjoint in program.lower(train, val).pieces.adjoints}
+    assert "the update reads a buffer that the forward pass has changed" in reasons
+
+
 def test_tensors_behind_a_transform_are_meta_parameters() -> None:
     model, train, val = task()
     opt = torch.optim.SGD(model.parameters(), lr=0.3)

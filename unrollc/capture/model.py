@@ -190,15 +190,19 @@ def in_place_of_users(problem: Problem, stock: Stock, tensors: dict[str, Tensor]
         tensors: Replacements by label; buffers that the code rebinds are updated in it.
     """
     with contextlib.ExitStack() as stack:
-        for prefix, module in problem.modules.items():
+        modules: dict[str, nn.Module] = dict(problem.modules)
+        if problem.average is not None:
+            modules[problem.average_prefix] = problem.average
+        for prefix, module in modules.items():
             own = {
                 label.removeprefix(prefix): tensor
                 for label, tensor in tensors.items()
                 if label.startswith(prefix)
             }
             stack.enter_context(swapped(module, own, prefix, tensors))
-        originals = {**stock.theta, **stock.context, **stock.buffers}
-        replacements = {id(t): tensors[label] for label, t in originals.items()}
+        originals = {**stock.theta, **stock.context, **stock.buffers, **stock.average}
+        known = {label: t for label, t in originals.items() if label in tensors}
+        replacements = {id(t): tensors[label] for label, t in known.items()}
         stack.enter_context(_Substituted(replacements))
         yield
 

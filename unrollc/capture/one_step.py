@@ -222,7 +222,7 @@ class StepRecording:
         recorder, stock = self.recorder, self.stock
         extra = {label: tensors[label] for label in self.shared.extra}
         theta = {label: tensors[label] for label in stock.theta}
-        rest = {label: tensors[label] for label in (*stock.context, *stock.buffers)}
+        rest = {label: tensors[label] for label in (*stock.context, *stock.buffers, *stock.average)}
         rest = {label: tensor for label, tensor in rest.items() if label not in extra}
 
         def batch(wrapped: Mapping[str, Tensor]) -> Any:
@@ -253,7 +253,7 @@ class StepRecording:
             layout, state = run_user_update(
                 self.problem.opt, recorder, self.layout, stock.owners, known, hooked
             )
-        average = {label: tensors[label] for label in stock.average}
+        average = {label: after.pop(label) for label in stock.average}
         if average:
             average = run_user_average(self.problem, stock, recorder, after, average)
         return {
