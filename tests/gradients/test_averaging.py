@@ -129,8 +129,8 @@ def test_a_learned_rate_truncated_and_first_order() -> None:
             cut = next(steps) < 2 and not first_order
             return [w.detach().requires_grad_() for w in theta] if cut else theta
 
-        def cut_average(a, w, n, parts=parts, first_order=first_order, size=len(start)) -> Tensor:
-            cut = next(parts) < 2 * size and not first_order
+        def cut_average(a, w, n, parts=parts, first_order=first_order) -> Tensor:
+            cut = next(parts) < 2 * 4 and not first_order  # two steps, four parameters
             return moving(a, w, n).detach() if cut else moving(a, w, n)
 
         expected = unroll(
