@@ -53,6 +53,9 @@ class Role(enum.Enum):
 #: Roles of what one step hands to the next.
 STATE_ROLES = (Role.THETA, Role.OPT_STATE, Role.BUFFER, Role.AVERAGE)
 
+#: Roles of state whose start may be a meta-parameter: θ_0, and what the optimizer remembers.
+STARTS = (Role.THETA, Role.OPT_STATE)
+
 
 class Phase(enum.Enum):
     """The part of a step that a value belongs to."""

@@ -11,6 +11,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn import functional as F
 
 import unrollc
+from tests.gradients.surroundings import assert_agrees, task, unroll
 from tests.oracles import finite
 from tests.oracles.compare import assert_close, flattened
 
@@ -101,3 +102,40 @@ def test_loaded_state_is_where_the_loop_starts() -> None:
     trained(theirs, their_opt, batches)
     assert_close(after.params, dict(theirs.named_parameters()), rtol=1e-13)
     assert after.loss != before.loss
+
+
+def test_momentum_to_start_from_is_a_meta_parameter() -> None:
+    model, train, val = task()
+    opt = optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
+    buffers = [torch.randn_like(parameter).requires_grad_() for parameter in model.parameters()]
+    for parameter, buffer in zip(model.parameters(), buffers, strict=True):
+        opt.state[parameter]["momentum_buffer"] = buffer
+    program = unrollc.compile(model, opt, F.cross_entropy)
+    expected = unroll(model, train, val, rates=[0.3] * 3, momentum=0.9, buffers=buffers)
+    names = [f'state["{name}"]["momentum_buffer"]' for name, _ in model.named_parameters()]
+    leaves = {**dict(zip(names, buffers, strict=True)), **dict(model.named_parameters())}
+    found = program.check(train, val)
+    assert {found[name].status for name in names} == {"exists"}
+    assert found[buffers[0]].label == names[0]
+    assert_agrees(program(train, val), expected, leaves)
+
+
+def test_moments_to_start_from_and_what_cuts_them() -> None:
+    """Adam's second moment, against finite differences; Truncated does not reach it."""
+    model, opt, batches = warm(OPTIMIZERS["adam, amsgrad"])
+    second = opt.state[model.weight]["exp_avg_sq"].add_(0.1).requires_grad_()
+    opt.state[model.weight]["max_exp_avg_sq"].zero_()  # the larger one is what is read
+    program = unrollc.compile(model, opt, F.cross_entropy, meta=[second])
+    (gradient,) = torch.autograd.grad(program(batches, batches[0]).loss, second)
+
+    def loss() -> Tensor:
+        with torch.no_grad():
+            return program(batches, batches[0]).loss
+
+    finite.assert_gradient(loss, second, gradient, rtol=1e-6, step=1e-3)
+    cut = unrollc.compile(model, opt, F.cross_entropy, meta=[second], gradient=unrollc.Truncated(1))
+    with pytest.raises(unrollc.RequirementError, match="does not go back to the first state"):
+        cut(batches, batches[0])
+    waived = unrollc.compile(model, opt, F.cross_entropy, gradient=unrollc.Truncated(1))
+    verdict = waived.check(batches, batches[0])['state["weight"]["exp_avg_sq"]']
+    assert not verdict.requested

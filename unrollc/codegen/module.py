@@ -19,7 +19,7 @@ from unrollc.codegen.schedule import render_schedule
 from unrollc.plan.memory import MemoryPlan
 from unrollc.plan.pieces import Pieces
 from unrollc.plan.schedule import Action, Advance, Drop, Keep, Restore, Reverse, Validate
-from unrollc.step import STATE_ROLES, Noise, Role, StepGraph, Value, iterate_calls
+from unrollc.step import STARTS, STATE_ROLES, Noise, Role, StepGraph, Value, iterate_calls
 
 
 @dataclass(frozen=True)
@@ -315,7 +315,7 @@ class _Module:
                 if value.role is Role.COTANGENT and value.of in STATE_ROLES
             ]
             for position, value in enumerate(state):
-                if value.of is Role.THETA and value.label in pieces.wanted:
+                if value.of in STARTS and value.label in pieces.wanted:
                     label = literal(value.label, {})
                     lines.append(f"accumulate(totals, {label}, cotangents[{position}])")
         for label in sorted(pieces.stacked & set(pieces.wanted)):
