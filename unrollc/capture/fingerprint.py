@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import types
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import optimizer
 
 from unrollc.capture.problem import Objective, Problem
 
@@ -19,6 +21,13 @@ _ITEMS = 64
 #: Attributes of a module that are keyed elsewhere or that PyTorch itself maintains.
 _MODULE_PARTS = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
 _OPTIMIZER_PARTS = {"state", "param_groups", "step"}
+
+
+def step_hooks_of(opt: torch.optim.Optimizer) -> list[Any]:
+    """The hooks that run around an optimizer's step, those of all optimizers included."""
+    own = [getattr(opt, f"_optimizer_step_{when}_hooks", {}) for when in ("pre", "post")]
+    shared = (optimizer._global_optimizer_pre_hooks, optimizer._global_optimizer_post_hooks)
+    return [hook for hooks in (*own, *shared) for hook in hooks.values()]
 
 
 class Fingerprint:
@@ -49,6 +58,21 @@ class Fingerprint:
         parts.append((type(problem.opt), self.of(own)))
         for loss in (problem.loss, problem.val_loss):
             parts.append(self.of(loss.fn if isinstance(loss, Objective) else loss))
+        parts.append(self.of(problem.grad_transform))
+        if problem.average is not None:
+            parts.append(self.of({k: v for k, v in vars(problem.average).items() if k[0] != "_"}))
+            parts.append(type(problem.average))
+        parts += [self.of(hook) for hook in step_hooks_of(problem.opt)]
+        return tuple(parts)
+
+    def of_code(self, code: Any) -> Any:
+        """A function, or a module with the attributes of all its parts."""
+        if not isinstance(code, nn.Module):
+            return self.of(code)
+        parts = []
+        for name, child in code.named_modules():
+            own = {k: v for k, v in vars(child).items() if k not in _MODULE_PARTS}
+            parts.append((name, type(child), self.of(own)))
         return tuple(parts)
 
     def of(self, value: Any, depth: int = _DEPTH) -> Any:
@@ -60,6 +84,9 @@ class Fingerprint:
         if depth and isinstance(value, dict) and len(value) <= _ITEMS:
             items = (self.of(pair, depth - 1) for pair in value.items())
             return (type(value).__name__, *items)
+        if isinstance(value, functools.partial) and depth:
+            given = (value.func, value.args, value.keywords)
+            return ("partial", *(self.of(part, depth) for part in given))
         if isinstance(value, types.MethodType):
             return ("method", self.of(value.__func__, depth), self._owner(value, depth))
         if isinstance(value, types.FunctionType):

@@ -77,7 +77,7 @@ def known_scalars(stock: Stock) -> dict[str, Any]:
     """Scalars whose values capture may look at: hyperparameters and counters."""
     counters = {
         label: tensor.detach().cpu()
-        for label, tensor in {**stock.opt_state, **stock.buffers}.items()
+        for label, tensor in {**stock.opt_state, **stock.buffers, **_counts(stock)}.items()
         if tensor.dim() == 0 and tensor.device.type != "meta"
     }
     hyper = {
@@ -85,6 +85,11 @@ def known_scalars(stock: Stock) -> dict[str, Any]:
         for label, value in stock.hyper.items()
     }
     return {**counters, **hyper}
+
+
+def _counts(stock: Stock) -> dict[str, Tensor]:
+    """How many models an average is of; averaged weights are no known numbers."""
+    return {k: t for k, t in stock.average.items() if not t.is_floating_point()}
 
 
 def capture_loop(

@@ -168,17 +168,7 @@ def run_user_loss(
         tensors: Replacements by label; buffers that the forward rebinds are updated in it.
         batch: ``(inputs, target)``, or what an objective takes.
     """
-    with contextlib.ExitStack() as stack:
-        for prefix, module in problem.modules.items():
-            own = {
-                label.removeprefix(prefix): tensor
-                for label, tensor in tensors.items()
-                if label.startswith(prefix)
-            }
-            stack.enter_context(_swapped(module, own, prefix, tensors))
-        originals = {**stock.theta, **stock.context, **stock.buffers}
-        replacements = {id(t): tensors[label] for label, t in originals.items()}
-        stack.enter_context(_Substituted(replacements))
+    with in_place_of_users(problem, stock, tensors):
         recorder.phase = Phase.FORWARD
         if isinstance(loss, Objective):
             value = loss.fn(problem.model, batch)
@@ -191,9 +181,44 @@ def run_user_loss(
 
 
 @contextlib.contextmanager
-def _swapped(
+def in_place_of_users(problem: Problem, stock: Stock, tensors: dict[str, Tensor]) -> Iterator[None]:
+    """User code inside meets traced tensors wherever it reaches for its own.
+
+    Args:
+        problem: The user's objects.
+        stock: Their tensors.
+        tensors: Replacements by label; buffers that the code rebinds are updated in it.
+    """
+    with contextlib.ExitStack() as stack:
+        modules: dict[str, nn.Module] = dict(problem.modules)
+        if problem.average is not None:
+            modules[problem.average_prefix] = problem.average
+        for prefix, module in modules.items():
+            own = {
+                label.removeprefix(prefix): tensor
+                for label, tensor in tensors.items()
+                if label.startswith(prefix)
+            }
+            stack.enter_context(swapped(module, own, prefix, tensors))
+        originals = {**stock.theta, **stock.context, **stock.buffers, **stock.average}
+        known = {label: t for label, t in originals.items() if label in tensors}
+        replacements = {id(t): tensors[label] for label, t in known.items()}
+        stack.enter_context(_Substituted(replacements))
+        yield
+
+
+@contextlib.contextmanager
+def swapped(
     module: nn.Module, own: dict[str, Tensor], prefix: str, tensors: dict[str, Tensor]
 ) -> Iterator[None]:
+    """While traced tensors stand in a module.
+
+    Args:
+        module: The user's module.
+        own: The tensors by name.
+        prefix: What their labels start with.
+        tensors: Updated with those that code inside rebinds.
+    """
     names = {name for name, _ in module.named_parameters()} | {n for n, _ in module.named_buffers()}
     own = {name: tensor for name, tensor in own.items() if name in names}
     with _reparametrize_module(module, own, tie_weights=True):

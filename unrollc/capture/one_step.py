@@ -10,7 +10,9 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from unrollc.capture.assemble import Concretes, assemble, closure_label, concretes_of
+from unrollc.capture.averaging import run_user_average
 from unrollc.capture.batches import Batches
+from unrollc.capture.gradients import run_user_transform
 from unrollc.capture.model import (
     capturing,
     explained,
@@ -23,8 +25,9 @@ from unrollc.capture.optimizer import Layout, run_user_update
 from unrollc.capture.problem import PerStep, Problem, Stock
 from unrollc.capture.record import Recorder
 from unrollc.capture.source import SourceFinder
+from unrollc.capture.step_hooks import step_hooks
 from unrollc.errors import Source
-from unrollc.step import STATE_ROLES, Phase, Role, StepGraph, Value, verify_update
+from unrollc.step import STATE_ROLES, Phase, Role, StepGraph, Value
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,8 @@ class StepRecording:
         self.layout, self.state, self.tuned = start.layout, start.state, start.tuned
         self.names = shared.names
         self.recorder = Recorder(SourceFinder(module_names(problem)))
-        self.recorder.fast = {id(tensor): label for label, tensor in stock.theta.items()}
+        changing = {**stock.theta, **stock.opt_state, **stock.average}
+        self.recorder.fast = {id(tensor): label for label, tensor in changing.items()}
         self.values: list[Value] = []
 
     def capture(
@@ -172,7 +176,6 @@ class StepRecording:
             node.meta["counter"] = label in counted and label not in tuned
         graph = assemble(recorder, self.values, outputs, self.names, self.shared.lifted)
         self._name_lifted()
-        verify_update(graph)
         for value, gradient in graph.outputs_with(Role.GRADIENT):
             if gradient is not None:
                 gradient.meta["called"] = f"grad_{value.name}"
@@ -219,6 +222,7 @@ class StepRecording:
             (Role.THETA, stock.theta),
             (Role.OPT_STATE, self.state),
             (Role.BUFFER, stock.buffers),
+            (Role.AVERAGE, stock.average),
             (Role.HYPER, hyper),
             (Role.CONTEXT, stock.context),
             (Role.BATCH, dict(zip(train.labels, train.at(step), strict=True))),
@@ -239,7 +243,7 @@ class StepRecording:
         recorder, stock = self.recorder, self.stock
         extra = {label: tensors[label] for label in self.shared.extra}
         theta = {label: tensors[label] for label in stock.theta}
-        rest = {label: tensors[label] for label in (*stock.context, *stock.buffers)}
+        rest = {label: tensors[label] for label in (*stock.context, *stock.buffers, *stock.average)}
         rest = {label: tensor for label, tensor in rest.items() if label not in extra}
 
         def batch(wrapped: Mapping[str, Tensor]) -> Any:
@@ -255,6 +259,9 @@ class StepRecording:
         hooked = {k: g.clone() for k, g in with_parameter_hooks(stock.theta, reached).items()}
         gradient_nodes = {label: recorder.node_of(g) for label, g in hooked.items()}
         recorder.phase = Phase.UPDATE
+        after = {**theta, **extra, **after}
+        if self.problem.grad_transform is not None:
+            hooked = run_user_transform(self.problem, stock, recorder, after, hooked)
         frozen = {
             stock.owners[id(parameter)]
             for group in self.problem.opt.param_groups
@@ -262,10 +269,16 @@ class StepRecording:
         } - set(theta)
         held = {label: tensors[label] for label in (*theta, *frozen)}
         known = {**held, **{label: tensors[label] for label in (*self.state, *stock.hyper)}}
-        layout, state = run_user_update(
-            self.problem.opt, recorder, self.layout, stock.owners, known, hooked
-        )
+        hyper = {label: tensors[label] for label in stock.hyper}
+        with step_hooks(self.problem, stock, recorder, after, hyper):
+            layout, state = run_user_update(
+                self.problem.opt, recorder, self.layout, stock.owners, known, hooked
+            )
+        average = {label: after.pop(label) for label in stock.average}
+        if average:
+            average = run_user_average(self.problem, stock, recorder, after, average)
         return {
+            "average": average,
             "theta": {label: known[label] for label in theta},
             "state": state,
             "buffers": {label: after[label] for label in stock.buffers},
@@ -294,6 +307,8 @@ class StepRecording:
             add(Role.OPT_STATE, label, tensor)
         for label, tensor in results["buffers"].items():
             add(Role.BUFFER, label, tensor)
+        for label, tensor in results["average"].items():
+            add(Role.AVERAGE, label, tensor)
         add(Role.LOSS, "loss", results["loss"])
         for label, node in results["gradients"].items():
             found.append((Value(Role.GRADIENT, label, self.names(label), Role.THETA), node))

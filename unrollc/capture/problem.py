@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.swa_utils import AveragedModel
 from torch.utils import _pytree as pytree
 
 from unrollc.capture.optimizer import Layout, hyper_label, read_layout
@@ -60,6 +62,9 @@ def objective(fn: Callable[[nn.Module, Any], Tensor]) -> Objective:
 
 Loss = Callable[..., Tensor] | nn.Module | Objective
 
+#: Called with the parameters whose ``.grad`` is set, between backward pass and optimizer step.
+Transform = Callable[[list[Tensor]], Any]
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -69,6 +74,9 @@ class Problem:
     opt: torch.optim.Optimizer
     loss: Loss
     val_loss: Loss
+    grad_transform: Transform | None = None
+    scheduler: LRScheduler | None = None
+    average: AveragedModel | None = None
 
     @property
     def modules(self) -> dict[str, nn.Module]:
@@ -78,7 +86,14 @@ class Problem:
             found[self._prefix("loss")] = self.loss
         if isinstance(self.val_loss, nn.Module) and self.val_loss is not self.loss:
             found[self._prefix("val_loss")] = self.val_loss
+        if isinstance(self.grad_transform, nn.Module):
+            found[self._prefix("grad_transform")] = self.grad_transform
         return found
+
+    @property
+    def average_prefix(self) -> str:
+        """What labels of averaged tensors start with."""
+        return self._prefix("average")
 
     def _prefix(self, name: str) -> str:
         """``loss.``, with underscores behind the name where the model has such a child."""
@@ -100,6 +115,8 @@ class Stock:
         opt_state: Tensors in the optimizer's state.
         layout: The optimizer's state and groups without their tensors.
         owners: Labels of parameters by id.
+        average: Tensors of the averaged model.
+        behind: Tensors of the user's that a scheduled hyperparameter is computed from.
     """
 
     theta: dict[str, Tensor]
@@ -109,6 +126,8 @@ class Stock:
     opt_state: dict[str, Tensor]
     layout: Layout
     owners: dict[int, str]
+    average: dict[str, Tensor] = field(default_factory=dict)
+    behind: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
 
     @property
     def differentiable(self) -> dict[str, Tensor]:
@@ -141,7 +160,12 @@ def take_stock(problem: Problem) -> Stock:
     theta = _held_parameters(problem.opt, owners)
     context = {label: p for label, p in parameters.items() if label not in theta}
     layout, opt_state = read_layout(problem.opt, owners)
-    return Stock(theta, context, buffers, read_hyper(problem.opt), opt_state, layout, owners)
+    average: dict[str, Tensor] = {}
+    if problem.average is not None:
+        held = (*problem.average.named_parameters(), *problem.average.named_buffers())
+        average = {problem.average_prefix + name: tensor for name, tensor in held}
+    hyper = read_hyper(problem.opt)
+    return Stock(theta, context, buffers, hyper, opt_state, layout, owners, average)
 
 
 def _held_parameters(opt: torch.optim.Optimizer, owners: Mapping[int, str]) -> dict[str, Tensor]:

@@ -161,6 +161,9 @@ class Recorder(TorchDispatchMode):
         if func is aten.as_strided_scatter.default:
             with self:
                 return scatter_strided(*args, **kwargs)
+        if func._schema.name.startswith("aten::_foreach_"):
+            with self:  # its plain kernel, which runs one op a tensor
+                return func._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
         if torch.Tag.nondeterministic_seeded in func.tags:
             return self._draw(func, args, kwargs)
         with self.fake_mode:
@@ -230,7 +233,7 @@ class Recorder(TorchDispatchMode):
             raise CaptureError(
                 f"the code reads {self.fast[id(tensor)]} behind the model's back",
                 where=self._line(),
-                why="the parameter is a fast weight; a reference from outside (an attribute of "
+                why="it changes from step to step; a reference from outside (an attribute of "
                 "the optimizer, say) would see its initial value at every step",
                 remedy="reach it through the model or through optimizer.param_groups",
             )

@@ -21,6 +21,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from unrollc.capture.record import Recorder
+from unrollc.errors import CaptureError
+
+_GRADIENT: Any = vars(torch._C.TensorBase)["grad"].__get__
 
 #: Where the optimizers of PyTorch live.
 _OPTIMIZERS = str(pathlib.Path(torch.optim.__file__).parent)
@@ -45,6 +48,8 @@ class ScalarSlots(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         name = name if name.startswith("__") else name.rstrip("_")
+        if name == "__get__" and func == _GRADIENT:
+            self._check_gradient(args[0])
         if name == "item" and self._goes_on(args[0]):
             return args[0].to(torch.float64)
         if name == "__bool__":
@@ -67,11 +72,25 @@ class ScalarSlots(TorchFunctionMode):
             if kwargs.get("out") is not None:
                 return kwargs["out"].copy_(result)
             return result
+        if name == "_foreach_lerp" and isinstance(_weight(args, kwargs), Tensor):
+            args = (*args[:2], [_weight(args, kwargs).to(each.dtype) for each in args[0]])
+            kwargs = {}
         if name == "lerp":
             args, kwargs = _same_dtype_weight(args, kwargs)
         if name in ("clamp", "clip"):
             args, kwargs = _same_kind_of_bounds(args, kwargs)
         return func(*args, **kwargs)
+
+    def _check_gradient(self, parameter: Tensor) -> None:
+        """Refuse ``.grad`` of the user's own parameter: what it holds is from outside the loop."""
+        label = self._recorder.fast.get(id(parameter))
+        if label is not None:
+            raise CaptureError(
+                f"the code reads the gradient of {label} behind the model's back",
+                where=self._recorder._line(),
+                why="a reference from outside would see a gradient of earlier training",
+                remedy="reach the parameter through optimizer.param_groups",
+            )
 
     def _goes_on(self, tensor: Tensor) -> bool:
         """Whether the value that ``.item()`` reads may stay a tensor."""
@@ -189,6 +208,10 @@ def _is_masked_fill(target: Any, index: Any, value: Any) -> bool:
     """
     masked = isinstance(index, Tensor) and index.dtype is torch.bool and index.shape == target.shape
     return masked and (not isinstance(value, Tensor) or value.dim() == 0)
+
+
+def _weight(args: Any, kwargs: Any) -> Any:
+    return args[2] if len(args) > 2 else kwargs.get("weight")
 
 
 def _same_dtype_weight(args: Any, kwargs: Any) -> Any:

@@ -89,6 +89,7 @@ def _agree(
         **stock.theta,
         **stock.opt_state,
         **stock.buffers,
+        **stock.average,
         **stock.context,
         **{k: v.per_step[0] if isinstance(v, PerStep) else v for k, v in stock.hyper.items()},
     }

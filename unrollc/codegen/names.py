@@ -16,6 +16,7 @@ _PREFIX = {
     Role.THETA: "new_",
     Role.OPT_STATE: "new_",
     Role.BUFFER: "new_",
+    Role.AVERAGE: "new_",
     Role.GRADIENT: "grad_",
 }
 

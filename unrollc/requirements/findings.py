@@ -31,13 +31,16 @@ _UPDATE = (Phase.UPDATE,)
 
 #: Roles that depend on no meta-parameter unless they are one.
 _DATA = (Role.BATCH, Role.NOISE, Role.CONSTANT)
+
+#: Roles of θ_T, and of an average of the weights where Lval is that of the average.
+_ADAPTED = (Role.THETA, Role.AVERAGE)
 _PADDING = "the padding row gets no gradient"
 
 
 def requirement_i(graphs: Graphs) -> Finding:
     """Lval is a differentiable function of θ_T."""
     val = graphs.val
-    thetas = _thetas(val)
+    thetas = [node for (role, _), node in val.inputs.items() if role in _ADAPTED]
     loss = val.results(Role.LOSS)
     if any(node in val.into_loss for node in thetas):
         kinks = kinks_between(val, thetas, val.acting_on_result, _LOSS)

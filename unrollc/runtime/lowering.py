@@ -213,7 +213,7 @@ _UNDIFFERENTIABLE = (
 
 def _check_devices(stock: Stock, train: Batches, val: Batches) -> None:
     """Parameters, context and data live on one device; 0-dim tensors may stay on the CPU."""
-    named = {**stock.theta, **stock.context, **stock.buffers}
+    named = {**stock.theta, **stock.context, **stock.buffers, **stock.average}
     for batches in (train, val):
         for label, leaf in zip(batches.labels, batches.leaves, strict=True):
             steps = leaf if isinstance(leaf, tuple) else (leaf,)

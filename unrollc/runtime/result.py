@@ -20,6 +20,9 @@ class Result:
         buffers: Buffers after the last step by name.
         opt_state: The optimizer's state after the last step: ``{name: {key: value}}``.
         inner_losses: Training losses of the inner steps, shape ``[T]``, detached.
+        average: Averaged parameters and buffers by their names in the model, detached; None where
+            there is no average. The validation loss is that of these.
+        scheduler: The scheduler's ``state_dict()`` after T steps, or None where there is none.
     """
 
     loss: Tensor
@@ -27,8 +30,15 @@ class Result:
     buffers: Mapping[str, Tensor]
     opt_state: Mapping[str, Any]
     inner_losses: Tensor
+    average: Mapping[str, Tensor] | None
+    scheduler: Mapping[str, Any] | None
     _write: Callable[[Result], None] = field(repr=False)
 
     def apply(self) -> None:
-        """Write θ_T, buffers and optimizer state back into the user's model and optimizer."""
+        """Write θ_T, buffers and optimizer state back into the user's model and optimizer.
+
+        A scheduler goes on from where it is after T steps, and its rates stand in the param
+        groups; where one was a tensor, a new tensor takes its place. An average gets its weights
+        and the number of models that it is of.
+        """
         self._write(self)
