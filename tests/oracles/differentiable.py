@@ -78,8 +78,8 @@ def _unrolled(
     (group,) = opt.param_groups
     names = list(dict(model.named_parameters()))
     values = list(dict(model.named_parameters()).values())
-    state: list[dict[str, Any]] = [{} for _ in names]
-    for j, batch in enumerate(train):
+    state = [_owned(opt.state.get(param, {})) for param in values]
+    for batch in train:
         fast = [value.clone() for value in values]
         inner = torch.func.functional_call(
             _Evaluated(model, objective), _named(names, fast), (batch,)
@@ -90,21 +90,17 @@ def _unrolled(
             tensor.grad = gradient
         numbers = _group(group, hyper)
         twin.param_groups = [{**numbers, "params": held, "differentiable": True, "foreach": False}]
-        started = j > 0 or bool(opt.state)
         twin.state = type(opt.state)(dict)
-        for tensor, entry, param in zip(held, state, group["params"], strict=True):
-            kept = entry if started and entry else dict(opt.state.get(param, {}))
-            if kept:
-                twin.state[tensor] = kept
+        twin.state.update(zip(held, state, strict=True))
         twin.step()
-        state = [{key: _own(value) for key, value in twin.state[t].items()} for t in held]
+        state = [_owned(twin.state[tensor]) for tensor in held]
         values = held
     return torch.func.functional_call(_Evaluated(model, objective), _named(names, values), (val,))
 
 
-def _own(value: Any) -> Any:
-    """State that the next step may change in place without touching this step's graph."""
-    return value.clone() if isinstance(value, Tensor) else value
+def _owned(state: Mapping[str, Any]) -> dict[str, Any]:
+    """State that a step may change in place without touching the one it was copied from."""
+    return {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
 
 
 class _Evaluated(nn.Module):

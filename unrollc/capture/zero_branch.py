@@ -161,9 +161,9 @@ def _same(first: Tensor, second: Tensor) -> bool:
 
 
 def _near(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """A tensor a little off the given one."""
+    """A tensor a little off the given one, towards zero: a decay rate stays below one."""
     drawn = torch.rand(tensor.shape, generator=generator).to(tensor.device, tensor.dtype)
-    return tensor + 1e-2 * (tensor.abs() + 1e-2) * drawn
+    return torch.where(tensor == 0, 1e-2 * drawn, tensor * (1 - 1e-2 * drawn))
 
 
 def _made_up(value: Value, node: fx.Node, generator: torch.Generator) -> Tensor:
