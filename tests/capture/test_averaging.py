@@ -31,6 +31,16 @@ def test_what_is_no_average_of_the_model_is_refused() -> None:
             unrollc.compile(model, opt, F.cross_entropy, average=average)
 
 
+def test_where_an_average_starts_is_no_meta_parameter() -> None:
+    model, train, val = task()
+    opt = torch.optim.SGD(model.parameters(), lr=0.3)
+    average = AveragedModel(model)
+    for listed in (average.module[0].weight, "average.module.0.weight"):
+        program = unrollc.compile(model, opt, F.cross_entropy, average=average, meta=[listed])
+        with pytest.raises(unrollc.InputError, match="belongs to the average"):
+            program(train, val)
+
+
 def test_python_state_of_the_averaging_function_is_refused() -> None:
     model, train, val = task()
     opt = torch.optim.SGD(model.parameters(), lr=0.3)

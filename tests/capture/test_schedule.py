@@ -52,6 +52,13 @@ class Halving(LRScheduler):
         return [base * self.table[self.last_epoch] for base in self.base_lrs]
 
 
+class Squaring(LRScheduler):
+    """A recursion whose derivative reads the rate that the next step writes over."""
+
+    def get_lr(self) -> list[Any]:
+        return [group["lr"] ** 2 * 4 for group in self.optimizer.param_groups]
+
+
 class Shrinking:
     """A function of the step with state of its own."""
 
@@ -164,6 +171,15 @@ def test_a_base_rate_that_is_no_affine_function_is_refused() -> None:
         run_schedule(opt, scheduler, T)
 
 
+def test_a_rate_that_is_written_over_keeps_its_derivative() -> None:
+    opt, scheduler = built(lambda o, b: Squaring(o), 0.2, 0)
+    start = opt.param_groups[0]["lr"]
+    opt.param_groups[0]["lr"] = rate = torch.tensor(start, requires_grad=True)
+    values = rates(run_schedule(opt, scheduler, 3))
+    (slope,) = torch.autograd.grad(values[2], rate)
+    assert abs(slope.item() - 4**3 * 4 * start**3) < 1e-12
+
+
 def test_tensors_that_a_scheduler_reads_carry_gradient() -> None:
     opt, scheduler = built(SCHEDULERS["one cycle"], 0.2, 0)
     highest = torch.tensor(0.5, requires_grad=True)
@@ -190,8 +206,10 @@ def test_parameters_of_a_scheduler_carry_gradient_and_state_is_left_alone() -> N
         def get_lr(self) -> list[Any]:
             return [base * self.decay**self.last_epoch for base in self.base_lrs]
 
-    opt, scheduler = built(lambda o, b: Learned(o), 0.2, 0)
+    with torch.no_grad():  # the first rate is a value; a graph of it would be used up once
+        opt, scheduler = built(lambda o, b: Learned(o), 0.2, 0)
     values = rates(run_schedule(opt, scheduler, T))
+    assert run_schedule(opt, scheduler, T).behind[LR] == (decay,)
     (slope,) = torch.autograd.grad(values.sum(), decay)
     assert abs(slope.item() - 0.2 * sum(j * 0.8 ** (j - 1) for j in range(1, T))) < 1e-14
     shrinking = Shrinking()

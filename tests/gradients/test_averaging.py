@@ -261,3 +261,25 @@ def test_mixed_mode_stays_valid() -> None:
     mixed = pulled_back(step, given, mixed_adjoint)
     assert {f"average.module.{name}" for name in names} < set(mixed)
     assert_close(mixed, pulled_back(step, given, reverse_adjoint), rtol=1e-12)
+
+
+def test_running_statistics_in_the_average_are_a_declared_stop() -> None:
+    """Validation in evaluation mode reads them; autograd takes them for constants."""
+    _, train, val = task()
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+
+    def evaluated(model: nn.Module, batch: Any) -> Tensor:
+        model.eval()
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    opt = torch.optim.SGD(model.parameters(), lr=0.5)
+    found = unrollc.check(
+        model,
+        opt,
+        F.cross_entropy,
+        train,
+        val,
+        val_loss=unrollc.objective(evaluated),
+        average=AveragedModel(model),
+    )
+    assert [stop.reason for stop in found.stops] == ["running statistics are constants to autograd"]

@@ -8,11 +8,12 @@ transform followed by the optimizer.
 from __future__ import annotations
 
 import contextlib
+import types
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from unrollc.capture.fingerprint import Fingerprint
 from unrollc.capture.model import in_place_of_users
@@ -64,13 +65,24 @@ def run_user_transform(
 @contextlib.contextmanager
 def unchanged(code: Any, what: str) -> Iterator[None]:
     """Refuse code that changes Python values which it reads again at the next step."""
+    parts = [code, *_modules_behind(code)]
     before = Fingerprint()
-    described = before.of_code(code)
+    described = [before.of_code(part) for part in parts]
     yield
-    if Fingerprint().of_code(code) != described:
+    after = Fingerprint()
+    if [after.of_code(part) for part in parts] != described:
         raise CaptureError(
             f"{what} changes Python values that it refers to",
             why="it runs once, when a step is captured, and not at every inner step: a counter or "
             "a list would not grow",
             remedy="keep what changes from step to step in a tensor: a buffer of an nn.Module",
         )
+
+
+def _modules_behind(code: Any) -> list[nn.Module]:
+    """Modules that a function reaches by its closure or as globals."""
+    if not isinstance(code, types.FunctionType):
+        return []
+    values = [cell.cell_contents for cell in code.__closure__ or ()]
+    values += [code.__globals__.get(name) for name in code.__code__.co_names]
+    return [value for value in values if isinstance(value, nn.Module)]

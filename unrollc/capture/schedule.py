@@ -54,7 +54,7 @@ def run_schedule(opt: torch.optim.Optimizer, scheduler: LRScheduler, steps: int)
         InputError: If the scheduler writes to a `PerStep`, cannot take T steps, or changes what
             is no number.
     """
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(torch.clone, _same):
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_kept, _same):
         twin, copier = twin_of(opt, scheduler)
         stepped = copier.of(scheduler)
         moved = move_bases(opt, scheduler, twin, copier.schedulers)
@@ -85,6 +85,11 @@ def run_schedule(opt: torch.optim.Optimizer, scheduler: LRScheduler, steps: int)
         label: (*_reached(value, leaves), *moved.get(label, ())) for label, value in values.items()
     }
     return Schedule(_with_values(opt, values), behind, groups, copied(stepped.state_dict()))
+
+
+def _kept(tensor: Tensor) -> Tensor:
+    """What autograd saves: schedulers write to the rates that they have computed with."""
+    return tensor.detach().clone()
 
 
 def _same(tensor: Tensor) -> Tensor:
@@ -249,14 +254,27 @@ def _user_tensors(opt: torch.optim.Optimizer) -> list[Tensor]:
     ]
 
 
-def _reached(rates: Tensor, leaves: list[Tensor]) -> tuple[Tensor, ...]:
-    """Those of the user's tensors that the rates are a function of."""
-    if not rates.requires_grad or not leaves:
+def _reached(rates: Tensor, entries: list[Tensor]) -> tuple[Tensor, ...]:
+    """The user's tensors that the rates are a function of: entries of groups, and leaves."""
+    if not rates.requires_grad:
         return ()
     with torch.enable_grad():
         total = rates.sum()
-    grads = torch.autograd.grad(total, leaves, allow_unused=True, retain_graph=True)
-    return tuple(leaf for leaf, grad in zip(leaves, grads, strict=True) if grad is not None)
+    found: dict[int, Tensor] = {}
+    if entries:
+        grads = torch.autograd.grad(total, entries, allow_unused=True, retain_graph=True)
+        found = {id(t): t for t, grad in zip(entries, grads, strict=True) if grad is not None}
+    stack, seen = [total.grad_fn], set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            found[id(leaf)] = leaf
+        stack.extend(function for function, _ in node.next_functions)
+    return tuple(found.values())
 
 
 def put_back(schedule: Schedule, opt: torch.optim.Optimizer, scheduler: LRScheduler) -> None:

@@ -34,6 +34,9 @@ _DATA = (Role.BATCH, Role.NOISE, Role.CONSTANT)
 
 #: Roles of θ_T, and of an average of the weights where Lval is that of the average.
 _ADAPTED = (Role.THETA, Role.AVERAGE)
+
+#: Roles of running statistics that the inner loop changes.
+_STATISTICS = (Role.BUFFER, Role.AVERAGE)
 _PADDING = "the padding row gets no gradient"
 
 
@@ -110,7 +113,7 @@ def _reads_statistics(graph: Dependence, operand: fx.Node, node: fx.Node) -> boo
     origin: Any = node.args[0] if is_projection(node) else node
     flag = {"_native_batch_norm_legit_functional": 5, "native_batch_norm_backward": 7}
     training = op_name(origin) in flag and bool(origin.args[flag[op_name(origin)]])
-    changing = {n for (role, _), n in graph.inputs.items() if role is Role.BUFFER}
+    changing = {n for (role, _), n in graph.inputs.items() if role in _STATISTICS}
     return not training and operand in changing
 
 

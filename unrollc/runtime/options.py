@@ -178,6 +178,23 @@ def resolve_meta(
     return _listed(options.meta, known, complete)
 
 
+def refuse_averages(options: Options, stock: Stock) -> None:
+    """Say of averaged weights in ``meta=`` that they are none of what may stand there.
+
+    Raises:
+        InputError: Where one is listed.
+    """
+    labels = {id(tensor): label for label, tensor in stock.average.items()}
+    for position, item in enumerate(options.meta or ()):
+        label = item if isinstance(item, str) else labels.get(id(item))
+        if label in stock.average:
+            raise InputError(
+                f"meta[{position}] ({label}) belongs to the average",
+                why="where an average starts is state of the inner loop, no meta-parameter",
+                remedy="list θ_0, hyperparameters, or tensors that the averaging function reads",
+            )
+
+
 def _listed(
     meta: Sequence[Any], known: Mapping[tuple[Role, str], tuple[Tensor, ...]], complete: bool
 ) -> list[MetaParameter]:
