@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from tests.oracles.objectives import Batch
+import unrollc
+from tests.oracles import cases
+from tests.oracles.objectives import Batch, unstack
 
 Params = dict[str, Tensor]
 #: ``(θ, G, state) -> (θ', state')``; the state is None before the first step.
@@ -69,6 +71,29 @@ def unroll(
         theta, state = rule(theta, grads, state)
     loss = F.cross_entropy(functional_call(model, theta, (val[0],)), val[1])
     return Unrolled(loss, theta, state, torch.stack(losses))
+
+
+T = 2
+SHAPE = (5, 4)
+
+Build = Callable[[Any], torch.optim.Optimizer]
+
+
+class Setting:
+    """A small model, an optimizer over it that holds networks, and data for T steps."""
+
+    def __init__(self, build: Build, steps: int = T) -> None:
+        # Bounded scores: softmax does not see a shift of all of them, and the update's bias is one.
+        self.model = nn.Sequential(nn.Linear(4, 3), nn.Tanh())
+        self.opt = build(self.model.parameters())
+        self.train = cases.batches(SHAPE, steps, seed=1)
+        self.val = unstack(cases.batches(SHAPE, 1, seed=2))[0]
+
+    def program(self, **options: Any) -> unrollc.Program:
+        return unrollc.compile(self.model, self.opt, F.cross_entropy, **options)
+
+    def unroll(self, rule: Rule, **options: Any) -> Unrolled:
+        return unroll(self.model, rule, unstack(self.train), self.val, **options)
 
 
 # --- a network for each parameter tensor: gradient and momenta in, update out ---------------------

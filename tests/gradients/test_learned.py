@@ -1,45 +1,20 @@
 """Optimizers that are networks: their weights are meta-parameters."""
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import unrollc
 from tests.gradients import learned
-from tests.gradients.learned import Rule
-from tests.oracles import cases, finite
+from tests.gradients.learned import Build, Rule, Setting
+from tests.oracles import finite
 from tests.oracles.compare import assert_close, relative_error
-from tests.oracles.objectives import unstack
 
 pytestmark = pytest.mark.usefixtures("float64")
-
-T = 2
-SHAPE = (5, 4)
-
-Build = Callable[[Any], torch.optim.Optimizer]
-
-
-class Setting:
-    """A small model, an optimizer over it that holds networks, and data for T steps."""
-
-    def __init__(self, build: Build, steps: int = T) -> None:
-        # Bounded scores: softmax does not see a shift of all of them, and the update's bias is one.
-        self.model = nn.Sequential(nn.Linear(4, 3), nn.Tanh())
-        self.opt = build(self.model.parameters())
-        self.train = cases.batches(SHAPE, steps, seed=1)
-        self.val = unstack(cases.batches(SHAPE, 1, seed=2))[0]
-
-    def program(self, **options: Any) -> unrollc.Program:
-        return unrollc.compile(self.model, self.opt, F.cross_entropy, **options)
-
-    def unroll(self, rule: Rule, **options: Any) -> learned.Unrolled:
-        return learned.unroll(self.model, rule, unstack(self.train), self.val, **options)
 
 
 def assert_equals(
@@ -212,49 +187,7 @@ def test_dropout_is_noise_of_the_run() -> None:
         finite.assert_gradient(loss, net.hidden.weight, found, directions=1, step=2e-3)
 
 
-# --- where networks are found, and what they are called -------------------------------------------
-
-GLOBAL = learned.Mlp()
-
-
-class Scattered(torch.optim.Optimizer):
-    """Networks in a list, in a closure and in a global variable; one of them is frozen."""
-
-    def __init__(self, params: Any) -> None:
-        super().__init__(params, {})
-        self.rules = {"first": learned.Mlp(), "count": 3}
-
-    def step(self, closure: Any = None) -> None:
-        with torch.no_grad():
-            for p in self.param_groups[0]["params"]:
-                features = torch.stack([p.grad, p, p.grad * p], -1).flatten(0, -2)
-                update = self.rules["first"](features) + self.total(features)
-                p.add_(update.view_as(p))
-
-    def total(self, features: Tensor) -> Tensor:
-        return GLOBAL(features)
-
-
-def test_networks_in_containers_and_variables() -> None:
-    enclosed = learned.Mlp()
-
-    class Enclosing(Scattered):
-        def total(self, features: Tensor) -> Tensor:
-            return enclosed(features) + super().total(features)
-
-    model = nn.Linear(4, 3)
-    model.opt = nn.Linear(1, 1).requires_grad_(False)  # its labels begin with the same word
-    enclosed.requires_grad_(False)
-    setting = Setting(lambda params: Enclosing([model.weight, model.bias]))
-    setting.model = model
-    requirements = setting.program().lower(setting.train, setting.val).requirements
-    labels = {verdict.label for verdict in requirements}
-    names = [name for name, _ in learned.Mlp().named_parameters()]
-    nets = ("opt_.rules.first", "opt_.GLOBAL")
-    assert labels == {"weight", "bias", *(f"{net}.{name}" for net in nets for name in names)}
-    enclosed.requires_grad_()
-    requirements = setting.program().lower(setting.train, setting.val).requirements
-    assert requirements[enclosed.out.bias].label == "opt_.enclosed.out.bias"
+# --- nothing is stale -----------------------------------------------------------------------------
 
 
 def test_a_network_that_is_replaced_or_moved_is_not_stale() -> None:
@@ -328,28 +261,3 @@ def test_a_function_in_a_network_has_the_derivative_that_it_declares() -> None:
     assert torch._C._are_functorch_transforms_active is before
     meta = {**labels, **dict(setting.model.named_parameters())}
     assert_equals(result, setting.unroll(learned.per_parameter(net)), meta)
-
-
-# --- what is refused ------------------------------------------------------------------------------
-
-
-class Remembering(learned.Mlp):
-    memory: Tensor | None = None
-
-    def forward(self, features: Tensor) -> Tensor:
-        self.memory = super().forward(features)
-        return self.memory
-
-
-def test_a_memory_in_an_attribute_of_the_network_is_refused() -> None:
-    setting = Setting(lambda params: learned.PerParameter(params, Remembering()))
-    with pytest.raises(unrollc.CaptureError, match=r"opt\.net keeps a tensor .* 'memory'"):
-        setting.program().lower(setting.train, setting.val)
-
-
-def test_a_network_that_nothing_runs_is_reported() -> None:
-    build, _, _ = mlp()
-    setting = Setting(build)
-    setting.opt.other = nn.Linear(2, 2)
-    with pytest.raises(unrollc.RequirementError, match=r"opt\.other\.weight: it is zero"):
-        setting.program().lower(setting.train, setting.val)
