@@ -142,10 +142,10 @@ def test_a_learned_preconditioner_has_meta_gradients_and_state() -> None:
     assert lowered.requirements["grad_transform.scale"].status == "exists"
     leaves = {"scale": transform.scale, **dict(model.named_parameters())}
     assert_agrees(result, expected, leaves)
-    assert relative_error(result.buffers["grad_transform.mean"], mean[-1]) < 1e-12
+    assert relative_error(result.other_buffers["grad_transform.mean"], mean[-1]) < 1e-12
     assert transform.mean == 0.7
     result.apply()
-    assert torch.equal(transform.mean, result.buffers["grad_transform.mean"])
+    assert torch.equal(transform.mean, result.other_buffers["grad_transform.mean"])
 
 
 class Levelled(nn.Module):

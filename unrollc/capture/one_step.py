@@ -12,15 +12,18 @@ from torch.utils import _pytree as pytree
 from unrollc.capture.assemble import Concretes, assemble, closure_label, concretes_of
 from unrollc.capture.averaging import run_user_average
 from unrollc.capture.batches import Batches
+from unrollc.capture.fingerprint import step_hooks_of
 from unrollc.capture.gradients import run_user_transform
 from unrollc.capture.model import (
     capturing,
     explained,
+    in_place_of_users,
     inner_gradient,
     module_names,
     with_parameter_hooks,
 )
 from unrollc.capture.naming import Names
+from unrollc.capture.networks import running
 from unrollc.capture.optimizer import Layout, run_user_update
 from unrollc.capture.problem import PerStep, Problem, Stock
 from unrollc.capture.record import Recorder
@@ -270,10 +273,18 @@ class StepRecording:
         held = {label: tensors[label] for label in (*theta, *frozen)}
         known = {**held, **{label: tensors[label] for label in (*self.state, *stock.hyper)}}
         hyper = {label: tensors[label] for label in stock.hyper}
-        with step_hooks(self.problem, stock, recorder, after, hyper):
+        # Hooks swap by themselves, the fast weights included.
+        swapped = set() if step_hooks_of(self.problem.opt) else {*stock.context, *stock.buffers}
+        own = {label: after[label] for label in swapped}
+        with (
+            running(self.problem.networks, recorder, after),
+            in_place_of_users(self.problem, stock, own),
+            step_hooks(self.problem, stock, recorder, after, hyper),
+        ):
             layout, state = run_user_update(
                 self.problem.opt, recorder, self.layout, stock.owners, known, hooked
             )
+        after.update(own)
         average = {label: after.pop(label) for label in stock.average}
         if average:
             average = run_user_average(self.problem, stock, recorder, after, average)
@@ -299,6 +310,9 @@ class StepRecording:
         def add(role: Role, label: str, tensor: Tensor, of: Role | None = None) -> None:
             node = self.recorder.node_of(tensor)
             assert node is not None, f"{label} was not recorded"
+            counter = node in self.recorder.concrete and not tuned_by(node)
+            if role in STATE_ROLES and not counter:  # a buffer may be updated under no_grad
+                node = self.recorder.after_stop(node)
             found.append((Value(role, label, self.names(label), of), node))
 
         for label, tensor in results["theta"].items():

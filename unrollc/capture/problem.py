@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 from torch.utils import _pytree as pytree
 
+from unrollc.capture.networks import networks_of
 from unrollc.capture.optimizer import Layout, hyper_label, read_layout
 from unrollc.errors import InputError
 
@@ -81,6 +82,10 @@ class Problem:
     @property
     def modules(self) -> dict[str, nn.Module]:
         """The modules whose tensors are captured, by the prefix of their labels."""
+        return self._given | self.networks
+
+    @property
+    def _given(self) -> dict[str, nn.Module]:
         found = {"": self.model}
         if isinstance(self.loss, nn.Module):
             found[self._prefix("loss")] = self.loss
@@ -88,6 +93,18 @@ class Problem:
             found[self._prefix("val_loss")] = self.val_loss
         if isinstance(self.grad_transform, nn.Module):
             found[self._prefix("grad_transform")] = self.grad_transform
+        return found
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """The modules of a learned optimizer, none of which the problem holds otherwise."""
+        roots = [*self._given.values(), self.average]
+        known = {id(module) for root in roots if root is not None for module in root.modules()}
+        found: dict[str, nn.Module] = {}
+        for label, module in networks_of(self.opt, self._prefix("opt")[:-1]).items():
+            if id(module) not in known:
+                found[label] = module
+                known.update(id(child) for child in module.modules())
         return found
 
     @property
@@ -109,8 +126,9 @@ class Stock:
 
     Attributes:
         theta: Parameters that the optimizer updates: θ_0.
-        context: Other parameters of model and losses, the optimizer's frozen ones included.
-        buffers: Buffers of model and losses.
+        context: Other parameters of the model, those that the optimizer holds frozen included,
+            and the parameters of losses and of the optimizer's networks.
+        buffers: Buffers of all these.
         hyper: Tensor hyperparameters; a `PerStep` stays one.
         opt_state: Tensors in the optimizer's state.
         layout: The optimizer's state and groups without their tensors.

@@ -67,6 +67,7 @@ class Recorder(TorchDispatchMode):
         nonzero: Labels of hyperparameters for which ``x != 0`` is answered with yes.
         zero_tests: Hyperparameters equal to zero that the code compared with zero.
         assumed: Answers given for `nonzero`; the graph is valid under the others as well.
+        networks_running: How many forwards of an optimizer's networks are on the stack.
     """
 
     def __init__(self, sources: SourceFinder, fake_mode: FakeTensorMode | None = None) -> None:
@@ -85,6 +86,7 @@ class Recorder(TorchDispatchMode):
         self.assumed: list[Guard] = []
         self.origin: fx.Node | None = None
         self.declaring = False
+        self.networks_running = 0
         self._sources = sources
         self._nodes: dict[int, fx.Node] = {}
         self._alive: list[Tensor] = []
@@ -184,7 +186,7 @@ class Recorder(TorchDispatchMode):
 
         def reference(tensor: Tensor) -> fx.Node:
             node = self._nodes[id(tensor)]
-            return node if stop else self._after_stop(node)
+            return node if stop else self.after_stop(node)
 
         node_args, node_kwargs = map_tensors(reference, (args, kwargs))
         node = self.graph.call_function(func, node_args, node_kwargs)
@@ -212,7 +214,8 @@ class Recorder(TorchDispatchMode):
     def _transparent(self, func: Any, args: tuple[Any, ...], result: Any) -> fx.Node | None:
         """The node whose value an op hands on: ``copy`` its source, an optimizer's ``detach``
         its argument (there it means "do not track", and the update is differentiated later)."""
-        if func is aten.detach.default and self.phase is Phase.UPDATE and self.origin is None:
+        untracked = self.phase is Phase.UPDATE and not self.networks_running
+        if func is aten.detach.default and untracked and self.origin is None:
             return self._nodes[id(args[0])]
         if func is aten.copy.default:
             source = args[1]
@@ -358,15 +361,19 @@ class Recorder(TorchDispatchMode):
         return source
 
     def stops_gradient(self) -> bool:
-        """Whether the user's ``no_grad`` is on in forward or loss: a stop-gradient."""
+        """Whether the user's ``no_grad`` is on in forward or loss: a stop-gradient.
+
+        So it is in the forward of a network that the optimizer runs, not in its step around it.
+        """
+        network = self.phase is Phase.UPDATE and self.networks_running > 0
         return (
-            self.phase in (Phase.FORWARD, Phase.LOSS)
+            (self.phase in (Phase.FORWARD, Phase.LOSS) or network)
             and self.origin is None
             and not self.declaring
             and not torch.is_grad_enabled()
         )
 
-    def _after_stop(self, node: fx.Node) -> fx.Node:
+    def after_stop(self, node: fx.Node) -> fx.Node:
         """`node`, behind a ``detach`` of its line where it was computed under ``no_grad``."""
         if node not in self._stopped:
             return node
@@ -386,7 +393,7 @@ class Recorder(TorchDispatchMode):
         if before is None or after is None or after is before or after not in self._stopped:
             return
         source = self._line()
-        history = self._after_stop(before)
+        history = self.after_stop(before)
         kept = self.graph.call_function(ATTACH, (after, history))
         kept.meta.update(phase=self.phase, source=source, val=after.meta["val"])
         self._stopped[after] = kept

@@ -86,14 +86,15 @@ def declared_stops(graphs: Graphs) -> tuple[CutOp, ...]:
 
     The meta-gradient is then the derivative of the program as declared, as in eager PyTorch, and
     finite differences of its value differ: `detach`, custom functions, running statistics that
-    the validation reads, padding rows of embeddings.
+    the validation reads, padding rows of embeddings. In an update these are the stops in networks
+    of a learned optimizer.
     """
     found: dict[CutOp, None] = {}
     for graph in graphs.all:
         moving = 0
         for (role, _), node in graph.inputs.items():
             moving |= 0 if role in _DATA else graph.influence[node]
-        within = graph.acting_on_result if graph is graphs.val else graph.acting_on_gradient
+        within = graph.acting_on_result if graph is graphs.val else _declaring(graph)
         for operand, node, cut in graph.edges.edges(data="cut"):
             if cut not in DECLARED or node not in within:
                 continue
@@ -106,6 +107,12 @@ def declared_stops(graphs: Graphs) -> tuple[CutOp, ...]:
             if padded:
                 found[CutOp("embedding", _PADDING, node.meta.get("source"))] = None
     return tuple(found)
+
+
+def _declaring(step: Dependence) -> set[fx.Node]:
+    """What the inner gradient depends on, and what the update makes of it."""
+    made = {n for n in step.acting_on_result if n.meta.get("phase") is Phase.UPDATE}
+    return step.acting_on_gradient | made
 
 
 def _reads_statistics(graph: Dependence, operand: fx.Node, node: fx.Node) -> bool:

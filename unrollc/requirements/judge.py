@@ -101,7 +101,13 @@ def _findings(parameter: MetaParameter, facts: Facts) -> tuple[Finding, Finding]
     if parameter.role is Role.THETA:
         return _NOT_CONCERNED, b
     a = through_update(facts.graphs, parameter.key)
+    if a.holds and not _acts_on_gradient(facts.graphs, parameter.key):
+        return a, _NOT_CONCERNED  # a weight of a learned optimizer
     return (a if a.holds else _NOT_CONCERNED), b
+
+
+def _acts_on_gradient(graphs: Graphs, key: Key) -> bool:
+    return any(step.inputs.get(key) in step.acting_on_gradient for step in graphs.steps)
 
 
 def _ruling(parameter: MetaParameter, facts: Facts, a: Finding, b: Finding) -> _Ruling:

@@ -180,8 +180,10 @@ class Program:
             own = tensor.detach().clone() if id(tensor) in owned else tensor
             after[value.role][value.label] = own
         buffers = {
-            k: t.detach().clone() for k, t in stock.buffers.items() if k not in after[Role.BUFFER]
+            k: after[Role.BUFFER][k] if k in after[Role.BUFFER] else t.detach().clone()
+            for k, t in stock.buffers.items()
         }
+        own_buffers = {name for name, _ in self._problem.model.named_buffers()}
         assert run.inner_losses is not None
         state: dict[str, Any] = {}
         for owner, spec, leaves in lowered.loop.layout.state:
@@ -196,7 +198,8 @@ class Program:
                 name: after[Role.THETA].get(name, parameter.detach())
                 for name, parameter in self._problem.model.named_parameters()
             },
-            buffers={k: {**buffers, **after[Role.BUFFER]}[k] for k in stock.buffers},
+            buffers={k: t for k, t in buffers.items() if k in own_buffers},
+            other_buffers={k: t for k, t in buffers.items() if k not in own_buffers},
             opt_state=state,
             inner_losses=run.inner_losses,
             average=_average(given.problem, after[Role.AVERAGE]),
@@ -210,7 +213,7 @@ class Program:
         with torch.no_grad():
             for label in stock.theta:
                 by_label[label].copy_(result.params[label])
-            for label, tensor in result.buffers.items():
+            for label, tensor in {**result.buffers, **result.other_buffers}.items():
                 stock.buffers[label].copy_(tensor)
             for label, tensor in average.items():
                 stock.average[label].copy_(tensor)
