@@ -8,6 +8,7 @@ step is captured anew. Steps whose graphs agree share one.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -17,12 +18,12 @@ from torch import Tensor
 
 from unrollc.capture.assemble import assemble_graph, closure_label, same_graph
 from unrollc.capture.batches import Batches
+from unrollc.capture.layout import Layout, Manner, changed_numbers
 from unrollc.capture.naming import Names
 from unrollc.capture.one_step import Kind, Shared, Start, StepRecording
-from unrollc.capture.optimizer import Layout
-from unrollc.capture.problem import PerStep, Problem, Stock
+from unrollc.capture.problem import PerStep, Problem, Stock, read_again
 from unrollc.capture.zero_branch import through_zero_branch
-from unrollc.errors import InputError
+from unrollc.errors import CaptureError, InputError
 from unrollc.step import Role, StepGraph
 
 
@@ -37,6 +38,7 @@ class Loop:
         kind_sequence: For each step, an index into `kinds`.
         layout: The optimizer's layout after the last step.
         lifted: Tensors that the user's code brought in from outside, by label.
+        manner: How the optimizer was captured.
     """
 
     steps: tuple[StepGraph, ...]
@@ -45,6 +47,7 @@ class Loop:
     kind_sequence: tuple[int, ...]
     layout: Layout
     lifted: dict[str, Tensor]
+    manner: Manner
 
     def holds(self, concrete: Mapping[str, Any]) -> bool:
         """Whether the guards hold for the current scalars (hyperparameters and counters)."""
@@ -115,7 +118,46 @@ def capture_loop(
         InputError: If a `PerStep` has another length than T.
     """
     _check_per_step(stock, train.steps)
-    shared = Shared(extra, names, [])
+    try:
+        return _capture_in(Manner(), problem, stock, train, extra, requested, names)
+    except CaptureError as error:
+        with contextlib.suppress(CaptureError):  # the plain path's error is the one to read
+            manner = Manner(foreach=True)
+            return _capture_in(manner, problem, stock, train, extra, requested, names)
+        raise error
+
+
+def _capture_in(
+    manner: Manner,
+    problem: Problem,
+    stock: Stock,
+    train: Batches,
+    extra: tuple[str, ...],
+    requested: frozenset[str],
+    names: Names,
+) -> Loop:
+    """The loop with the optimizer captured in this manner and, where its steps change plain
+    numbers, with these as tensors."""
+    while True:
+        stock = read_again(problem, stock, manner)
+        found = _capture_with(problem, stock, train, requested, Shared(extra, names, [], manner))
+        if isinstance(found, Loop):
+            return found
+        manner = replace(manner, moving=manner.moving | found)
+
+
+def _capture_with(
+    problem: Problem,
+    stock: Stock,
+    train: Batches,
+    requested: frozenset[str],
+    shared: Shared,
+) -> Loop | frozenset[str]:
+    """The loop, or the labels of plain numbers that turned out to change from step to step.
+
+    With each value of such a number a step would be another one, so capture starts again with
+    these numbers as tensors.
+    """
     raw: list[StepGraph] = []
     kinds: list[Kind] = []
     sequence: list[int] = []
@@ -136,6 +178,8 @@ def capture_loop(
             recording = functools.partial(StepRecording, problem, stock, start, shared)
             record = functools.partial(_record, recording, train, step, concrete)
             graph, kind = through_zero_branch(record, requested, stock, train.at(step))
+            if found := changed_numbers(kind.before, kind.after):
+                return found
             index = next((i for i, old in enumerate(raw) if same_graph(old, graph)), len(raw))
             if index == len(raw):
                 raw.append(graph)
@@ -160,6 +204,7 @@ def capture_loop(
         kind_sequence=tuple(sequence),
         layout=layout,
         lifted=lifted_by_label,
+        manner=shared.manner,
     )
 
 

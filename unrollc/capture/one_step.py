@@ -13,6 +13,7 @@ from unrollc.capture.assemble import Concretes, assemble, closure_label, concret
 from unrollc.capture.averaging import run_user_average
 from unrollc.capture.batches import Batches
 from unrollc.capture.gradients import run_user_transform
+from unrollc.capture.layout import Layout, Manner
 from unrollc.capture.model import (
     capturing,
     explained,
@@ -21,7 +22,7 @@ from unrollc.capture.model import (
     with_parameter_hooks,
 )
 from unrollc.capture.naming import Names
-from unrollc.capture.optimizer import Layout, run_user_update
+from unrollc.capture.optimizer import run_user_update
 from unrollc.capture.problem import PerStep, Problem, Stock
 from unrollc.capture.record import Recorder
 from unrollc.capture.source import SourceFinder
@@ -115,11 +116,13 @@ class Shared:
         extra: Labels of tensors besides θ whose inner-loss gradient is recorded as well.
         names: Identifiers for labels.
         lifted: Tensors from outside found so far; captures append to it.
+        manner: How the optimizer is captured.
     """
 
     extra: tuple[str, ...]
     names: Names
     lifted: list[Tensor]
+    manner: Manner
 
 
 class StepRecording:
@@ -272,7 +275,14 @@ class StepRecording:
         hyper = {label: tensors[label] for label in stock.hyper}
         with step_hooks(self.problem, stock, recorder, after, hyper):
             layout, state = run_user_update(
-                self.problem.opt, recorder, self.layout, stock.owners, known, hooked
+                self.problem.opt,
+                recorder,
+                self.layout,
+                stock.owners,
+                known,
+                hooked,
+                stock.hyper,
+                self.shared.manner,
             )
         average = {label: after.pop(label) for label in stock.average}
         if average:

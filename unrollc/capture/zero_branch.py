@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from unrollc.capture.one_step import Cut, Kind
-from unrollc.capture.optimizer import Layout
+from unrollc.capture.layout import Layout
 from unrollc.capture.problem import PerStep, Stock
 from unrollc.errors import CaptureError
 from unrollc.step import STATE_ROLES, Role, StepGraph, Value
