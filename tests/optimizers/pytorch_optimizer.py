@@ -19,6 +19,7 @@ import pytorch_optimizer
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import unrollc
@@ -96,11 +97,13 @@ class Setup:
         build: From its class and the model.
         model: The model's class.
         note: Why it is not constructed by its defaults, for the page.
+        step: The largest step of the finite differences.
     """
 
     build: Build = _default
     model: type[nn.Module] = Small
     note: str = ""
+    step: float = 1e-4
 
 
 def _with(note: str, **settings: Any) -> Setup:
@@ -119,6 +122,7 @@ SETUPS: dict[str, Setup] = {
     # G of Small has rank 2, so that G·Gᵀ has a double eigenvalue and no basis of its own.
     **dict.fromkeys(("soap", "splus"), Setup(model=Matrices)),
     "spectralsphere": Setup(model=Matrices),
+    "flashadamw": Setup(step=1e-8),  # its state is rounded to 8 bits: between two jumps
     "demo": Setup(model=Matrices),
     "bsam": _with("", num_data=8),
     "ranger21": _with("", num_iterations=2 * STEPS),
@@ -189,7 +193,7 @@ _PURE = {
 
 
 def train_eagerly(
-    name: str, draws: Draws, *, flat: Tensor | None = None, lr: float | None = None
+    name: str, draws: Draws, *, flat: Tensor | None = None, scale: float | None = None
 ) -> tuple[dict[str, Tensor], float]:
     """θ_T and the validation loss after the optimizer's own steps.
 
@@ -197,14 +201,14 @@ def train_eagerly(
         name: The optimizer.
         draws: The noise of each step, by the number of the random op.
         flat: θ_0 as one vector; the model's own where it is left out.
-        lr: The learning rate of every group; the default where it is left out.
+        scale: Factor of the learning rates; they stay as they are where it is left out.
     """
     model, opt = build(name)
     if flat is not None:
         torch.nn.utils.vector_to_parameters(flat.clone(), model.parameters())
-    if lr is not None:
+    if scale is not None:
         for group in opt.param_groups:
-            group["lr"] = lr
+            group["lr"] *= scale
     train, (inputs, target) = batches()
     for index, (x, y) in enumerate(train):
         opt.zero_grad()
@@ -223,6 +227,14 @@ class _Float64:
         value = getattr(torch, name)
         narrow = value in (torch.bfloat16, torch.float16, torch.float32)
         return torch.float64 if narrow else value
+
+
+class _WideMethods(TorchFunctionMode):
+    """``x.float()`` is ``x.double()``."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        narrow = (Tensor.float, Tensor.half, Tensor.bfloat16)
+        return (Tensor.double if func in narrow else func)(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager
@@ -244,7 +256,8 @@ def _in_float64() -> Iterator[None]:
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        yield
+        with _WideMethods():
+            yield
     finally:
         torch.set_default_dtype(default)
         for function, defaults in narrow.items():
@@ -267,6 +280,7 @@ class Row:
         equal: Whether θ_T is its own, and to what accuracy.
         distinct: How many of the five steps are programs of their own.
         theta, lr: Meta-gradients.
+        scale: Factor of the learning rates at which they are taken; None where there is none.
     """
 
     name: str
@@ -276,6 +290,7 @@ class Row:
     distinct: int = 0
     theta: str = ""
     lr: str = ""
+    scale: float | None = None
     notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -297,35 +312,72 @@ def row_of(name: str) -> Row:
         row.reason = f"its construction raises {_one_line(error)}"
         return row
     train, val = batches()
-    program = unrollc.compile(model, opt, F.cross_entropy, meta=list(model.parameters()))
+    program = unrollc.compile(model, opt, F.cross_entropy)
     try:
-        lowered = program.lower(train, val)
+        with torch.no_grad():
+            lowered = program.lower(train, val)
+            draws, result = _run(program, lowered, train, val)
     except unrollc.CaptureError as error:
         row.reason = _explained(error)
         return row
-    row.captured = True
-    row.notes += [note] if (note := setup_of(name).note) else []
-    row.distinct = len(lowered.loop.steps)
-    draws, result = _run(program, lowered, train, val)
+    row.captured, row.distinct = True, len(lowered.loop.steps)
     row.equal = _equal(name, draws, result)
-    low = any(_is_narrow(node) for step in lowered.loop.steps for node in step.graph.nodes)
-    with _in_float64() if low else contextlib.nullcontext():
-        if low:
-            row.notes.append("gradients: its narrower dtypes as float64")
-            model, opt = build(name)
-            program = unrollc.compile(model, opt, F.cross_entropy, meta=list(model.parameters()))
-            draws, result = _run(program, program.lower(train, val), train, val)
-            if not row.equal:
-                row.equal = _equal(name, draws, result)
-                row.notes[-1] = "all: its narrower dtypes as float64"
-        row.theta = _theta_checked(name, model, result, draws)
-        row.lr = _lr_checked(name)
+    row.notes += [note] if (note := setup_of(name).note) else []
+    narrow = any(_is_narrow(node) for step in lowered.loop.steps for node in step.graph.nodes)
+    with _in_float64() if narrow else contextlib.nullcontext():
+        result, draws = _gradients(name, row)
+        if narrow:
+            row.notes.append(f"{'gradients' if row.equal else 'all'}: narrower dtypes as float64")
+            row.equal = row.equal or _equal(name, draws, result, row.scale)
     return row
 
 
-def _equal(name: str, draws: Draws, result: Any) -> str:
+def _gradients(name: str, row: Row) -> tuple[Any, Draws]:
+    """Compare the meta-gradients of θ_0 and of ``lr``; write them into the row."""
+    model, opt = build(name)
+    parameters, rates = list(model.parameters()), []
+    defaults = [group.get("lr") for group in opt.param_groups]
+    row.lr = f"`lr` is {defaults[0]}"
+    if all(isinstance(default, float) for default in defaults):
+        row.scale = 0.7  # away from defaults that other numbers are compared with
+        for group in opt.param_groups:
+            rate = torch.tensor(row.scale * group["lr"], dtype=torch.float64, requires_grad=True)
+            rates.append(rate)
+            group["lr"] = rate
+    train, val = batches()
+    program = unrollc.compile(model, opt, F.cross_entropy, meta=[*parameters, *rates])
+    try:
+        lowered = program.lower(train, val)
+    except UnrollcError as error:
+        assert rates, error
+        row.lr, row.scale, rates = _explained(error), None, []
+        model, opt = build(name)
+        parameters = list(model.parameters())
+        program = unrollc.compile(model, opt, F.cross_entropy, meta=parameters)
+        lowered = program.lower(train, val)
+    draws, result = _run(program, lowered, train, val)
+    gradients = torch.autograd.grad(result.loss, [*parameters, *rates])
+    flat = torch.nn.utils.parameters_to_vector(parameters).detach().clone()
+    slope = torch.cat([g.flatten() for g in gradients[: len(parameters)]])
+    row.theta = _compared(
+        name, lambda: train_eagerly(name, draws, flat=flat, scale=row.scale)[1], flat, slope
+    )
+    if rates:
+        moving = torch.tensor(row.scale, dtype=torch.float64)
+        slopes = zip(gradients[len(parameters) :], defaults, strict=True)
+        row.lr = _compared(
+            name,
+            lambda: train_eagerly(name, draws, scale=moving.item())[1],
+            moving,
+            torch.stack([gradient * default for gradient, default in slopes]).sum(),
+            100.0,
+        )
+    return result, draws
+
+
+def _equal(name: str, draws: Draws, result: Any, scale: float | None = None) -> str:
     """The class of accuracy to which θ_T is that of the optimizer's own steps."""
-    expected, _ = train_eagerly(name, draws)
+    expected, _ = train_eagerly(name, draws, scale=scale)
     start = dict(build(name)[0].named_parameters())
     assert any(not torch.equal(start[key], value) for key, value in expected.items()), "idle"
     worst = max(relative_error(result.params[key], value) for key, value in expected.items())
@@ -355,46 +407,10 @@ def _run(program: Any, lowered: Any, train: Any, val: Any) -> tuple[Draws, Any]:
     return draws, result
 
 
-def _theta_checked(name: str, model: nn.Module, result: Any, draws: Draws) -> str:
-    parameters = list(model.parameters())
-    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(result.loss, parameters)])
-    flat = torch.nn.utils.parameters_to_vector(parameters).detach().clone()
-
-    def loss() -> float:
-        return train_eagerly(name, draws, flat=flat)[1]
-
-    return _compared(loss, flat, gradient, step=1e-4)
-
-
-def _lr_checked(name: str) -> str:
-    model, opt = build(name)
-    rates = {group["lr"] for group in opt.param_groups if isinstance(group.get("lr"), float)}
-    if len(rates) != 1 or any("lr" not in group for group in opt.param_groups):
-        return "no common `lr`"
-    rate = 0.7 * rates.pop()  # away from defaults that other numbers are compared with
-    tensors = []
-    for group in opt.param_groups:
-        group["lr"] = torch.tensor(rate, dtype=torch.float64, requires_grad=True)
-        tensors.append(group["lr"])
-    train, val = batches()
-    program = unrollc.compile(model, opt, F.cross_entropy, meta=tensors)
-    try:
-        lowered = program.lower(train, val)
-    except UnrollcError as error:
-        return _explained(error)
-    draws, result = _run(program, lowered, train, val)
-    gradient = torch.stack(torch.autograd.grad(result.loss, tensors)).sum()
-    moving = torch.tensor(rate, dtype=torch.float64)
-
-    def loss() -> float:
-        return train_eagerly(name, draws, lr=moving.item())[1]
-
-    return _compared(loss, moving, gradient, step=0.05 * rate)
-
-
 def _compared(
-    loss: Callable[[], float], tensor: Tensor, gradient: Tensor, *, step: float
+    name: str, loss: Callable[[], float], tensor: Tensor, gradient: Tensor, steps: float = 1.0
 ) -> str:
+    step = steps * setup_of(name).step
     (found,) = finite.compare(loss, tensor, gradient, directions=1, step=step)
     if found.agrees(DIFFERENCES):
         return CHECKED

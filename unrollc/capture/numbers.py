@@ -39,19 +39,23 @@ class _Numbers(TorchFunctionMode):
 
     Args:
         recorder: What records the step.
-        numbers: Tensors that stand for numbers from the start.
+        numbers: Tensors that stand for numbers of the optimizer's from the start.
+        hyper: Hyperparameters: numbers that the user made tensors, with a dtype of their own.
     """
 
-    def __init__(self, recorder: Recorder, numbers: Sequence[Tensor]) -> None:
+    def __init__(
+        self, recorder: Recorder, numbers: Sequence[Tensor], hyper: Sequence[Tensor]
+    ) -> None:
         super().__init__()
         self.recorder = recorder
-        self._numbers = {id(tensor): tensor for tensor in numbers}
+        self._numbers = {id(tensor): tensor for tensor in (*numbers, *hyper)}
+        self._typed = {id(tensor) for tensor in hyper}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         in_place = name.endswith("_") and not name.startswith("__")
-        if in_place and args and self.is_number(args[0]):
+        if in_place and args and self.is_number(args[0]):  # ``x += y``: a number is not written to
             func = getattr(Tensor, name.removesuffix("_"))
         if func is torch.tensor and isinstance(args[0], Tensor) and self.is_number(args[0]):
             dtype = kwargs.get("dtype") or torch.get_default_dtype()
@@ -59,8 +63,14 @@ class _Numbers(TorchFunctionMode):
         args, kwargs = self._as_narrow(name, args, kwargs)
         result = func(*args, **kwargs)
         if isinstance(result, Tensor) and (name == "item" or self._computes(name, args, kwargs)):
-            self._numbers[id(result)] = result
+            self.add(result, args)
         return result
+
+    def add(self, result: Tensor, operands: Any) -> None:
+        """Take a result for a number."""
+        self._numbers[id(result)] = result
+        if any(id(tensor) in self._typed for tensor in tensors_in(operands)):
+            self._typed.add(id(result))
 
     def is_number(self, tensor: Tensor) -> bool:
         """Whether a tensor stands for a Python number."""
@@ -77,7 +87,12 @@ class _Numbers(TorchFunctionMode):
         if not others or any(tensor.dim() for tensor in others):
             return args, kwargs
         dtype = functools.reduce(torch.promote_types, (torch.result_type(t, 1.0) for t in others))
-        return map_tensors(lambda t: t.to(dtype) if self.is_number(t) else t, (args, kwargs))
+
+        def narrow(tensor: Tensor) -> Tensor:
+            own = self.is_number(tensor) and id(tensor) not in self._typed
+            return tensor.to(dtype) if own else tensor
+
+        return map_tensors(narrow, (args, kwargs))
 
     def _computes(self, name: str, args: Any, kwargs: Any) -> bool:
         """Whether a call is arithmetic on numbers, the result of which is a number."""
@@ -98,15 +113,16 @@ class _Patch:
 
 @contextlib.contextmanager
 def numbers_stay_tensors(
-    recorder: Recorder, numbers: Sequence[Tensor]
+    recorder: Recorder, numbers: Sequence[Tensor], hyper: Sequence[Tensor]
 ) -> Iterator[Callable[[Tensor], bool]]:
     """Run an optimizer's step with numbers that are tensors; tells which tensors are numbers.
 
     Args:
         recorder: What records the step.
         numbers: The tensors that stand for numbers of the optimizer's.
+        hyper: The hyperparameters that are tensors.
     """
-    mode = _Numbers(recorder, numbers)
+    mode = _Numbers(recorder, numbers, hyper)
     with _LOCK:
         if not _CAPTURES:
             for patch in _PATCHES:
@@ -139,7 +155,7 @@ def _function_of_numbers(plain: Callable[..., Any], traced: Callable[..., Any]) 
         if not single or not all(stays_tensor(capture.recorder, tensor) for tensor in tensors):
             return plain(*args, **kwargs)
         result = traced(*(_as_number(arg) for arg in args), **kwargs)
-        capture._numbers[id(result)] = result
+        capture.add(result, args)
         return result
 
     return function
@@ -166,7 +182,7 @@ def _extreme(plain: Callable[..., Any], traced: Callable[[Tensor, Tensor], Tenso
         pair = [x if isinstance(x, Tensor) else torch.full_like(tensors[0], x) for x in args]
         result = traced(*pair)
         if all(capture.is_number(tensor) for tensor in tensors):
-            capture._numbers[id(result)] = result
+            capture.add(result, args)
         return result
 
     return extreme
@@ -226,11 +242,9 @@ _MATH: dict[str, Callable[..., Any]] = {
 }
 
 #: Names of the functions that Python's arithmetic on tensors arrives as.
-_ARITHMETIC = (
-    {"add", "radd", "sub", "rsub", "subtract", "mul", "rmul", "multiply", "div", "rdiv", "divide"}
-    | {"true_divide", "truediv", "rtruediv", "floor_divide", "floordiv", "rfloordiv", "remainder"}
-    | {"mod", "rmod", "pow", "rpow", "neg", "negative", "abs", "absolute", "pos", "positive"}
-    | {"iadd", "isub", "imul", "idiv", "itruediv", "ifloordiv", "imod", "ipow"}
+_ARITHMETIC = frozenset(
+    ("add", "sub", "mul", "div", "true_divide", "floor_divide", "remainder", "pow", "neg", "abs")
+    + ("rsub", "rdiv", "rfloordiv", "rmod", "rpow", "sqrt", "exp", "log")
 )
 
 _PATCHES = (

@@ -57,14 +57,14 @@ def run_user_update(
         tensors[label].requires_grad_(parameter.requires_grad)  # some optimizers ask for it
         tensors[label].grad = gradients.get(label)
     numbers = [tensors[label] for label in layout.traced]
+    own = {label: tensors[label] for label in hyper}
     with (
         ScalarSlots(recorder),
-        numbers_stay_tensors(recorder, numbers) as is_number,
+        numbers_stay_tensors(recorder, numbers, list(own.values())) as is_number,
         ForeachAsLoops(),
         torch.no_grad(),
     ):
         type(opt).step(twin)
-    own = {label: tensors[label] for label in hyper}
     return read_layout(twin, traced_owners, manner, own, is_number)
 
 

@@ -115,7 +115,7 @@ def stays_tensor(recorder: Recorder, tensor: Tensor) -> bool:
 def _address(tensor: Tensor) -> int:
     """Stands for ``data_ptr()``: equal for two traced tensors where their storage begins alike."""
     traced = tensor.elem if isinstance(tensor, FunctionalTensor) else tensor
-    offset: int = traced.storage_offset() * traced.element_size()
+    offset = int(traced.storage_offset()) * traced.element_size()
     return traced.untyped_storage()._cdata + offset  # type: ignore[no-any-return]
 
 
