@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -130,9 +130,11 @@ PLAIN = {"max": max, "min": min, "sqrt": math.sqrt}
 class Watching(torch.optim.Adafactor):
     """Looks at Python's own functions while its step is captured; may fail there."""
 
+    seen: ClassVar[list[Any]] = []
+
     def __init__(self, params: Any, fail: bool) -> None:
         super().__init__(params, lr=0.1)
-        self.fail, self.seen = fail, []
+        self.fail = fail
 
     def step(self, closure: Any = None) -> None:
         size = self.param_groups[0]["params"][0].square().sum()
@@ -152,6 +154,7 @@ def test_pythons_functions_are_put_back(fail: bool) -> None:
     """``max``, ``min`` and `math` take traced numbers in the thread that captures, and then."""
     model = MLP()
     opt = Watching(model.parameters(), fail)
+    opt.seen.clear()
     train = cases.batches(SHAPE, 2, seed=1)
     program = unrollc.compile(model, opt, F.cross_entropy)
     if fail:

@@ -98,12 +98,14 @@ class Setup:
         model: The model's class.
         note: Why it is not constructed by its defaults, for the page.
         step: The largest step of the finite differences.
+        narrow: Whether a number that depends on data is computed in less than float64.
     """
 
     build: Build = _default
     model: type[nn.Module] = Small
     note: str = ""
     step: float = 1e-4
+    narrow: bool = False
 
 
 def _with(note: str, **settings: Any) -> Setup:
@@ -123,6 +125,7 @@ SETUPS: dict[str, Setup] = {
     **dict.fromkeys(("soap", "splus"), Setup(model=Matrices)),
     "spectralsphere": Setup(model=Matrices),
     "flashadamw": Setup(step=1e-8),  # its state is rounded to 8 bits: between two jumps
+    "magma": Setup(narrow=True),  # cosines and their averages
     "demo": Setup(model=Matrices),
     "bsam": _with("", num_data=8),
     "ranger21": _with("", num_iterations=2 * STEPS),
@@ -323,7 +326,8 @@ def row_of(name: str) -> Row:
     row.captured, row.distinct = True, len(lowered.loop.steps)
     row.equal = _equal(name, draws, result)
     row.notes += [note] if (note := setup_of(name).note) else []
-    narrow = any(_is_narrow(node) for step in lowered.loop.steps for node in step.graph.nodes)
+    nodes = [node for step in lowered.loop.steps for node in step.graph.nodes]
+    narrow = setup_of(name).narrow or any(map(_is_narrow, nodes))
     with _in_float64() if narrow else contextlib.nullcontext():
         result, draws = _gradients(name, row)
         if narrow:
@@ -420,9 +424,8 @@ def _compared(
 def _explained(error: UnrollcError) -> str:
     """An error as one cell of a table."""
     where = getattr(error.where, "short", error.where)
-    what = " ".join(error.what.split()).replace("|", "\\|")
-    why = " ".join(error.why.split()).replace("|", "\\|")
-    return what + (f": {why}" if why else "") + (f" (`{where}`)" if where else "")
+    cell = error.what + (f": {error.why}" if error.why else "") + (f" (`{where}`)" if where else "")
+    return " ".join(cell.split()).replace("|", "\\|")
 
 
 def _one_line(error: Exception) -> str:

@@ -242,10 +242,9 @@ _MATH: dict[str, Callable[..., Any]] = {
 }
 
 #: Names of the functions that Python's arithmetic on tensors arrives as.
-_ARITHMETIC = frozenset(
-    ("add", "sub", "mul", "div", "true_divide", "floor_divide", "remainder", "pow", "neg", "abs")
-    + ("rsub", "rdiv", "rfloordiv", "rmod", "rpow", "sqrt", "exp", "log")
-)
+_BASIC = ("add", "sub", "mul", "div", "true_divide", "floor_divide", "remainder", "pow", "neg")
+_REFLECTED = ("rsub", "rdiv", "rfloordiv", "rmod", "rpow")
+_ARITHMETIC = frozenset((*_BASIC, *_REFLECTED, "abs", "sqrt", "exp", "log"))
 
 _PATCHES = (
     *(_Patch(math, n, _function_of_numbers(getattr(math, n), f)) for n, f in _MATH.items()),
