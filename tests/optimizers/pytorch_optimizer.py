@@ -112,6 +112,7 @@ def _with(note: str, **settings: Any) -> Setup:
     return Setup(functools.partial(_default, **settings), note=note)
 
 
+_FUSED = "parameters change inside the backward pass (`fused_backward`), there is no `step`"
 _MOMENTUM = "`momentum_dtype=torch.float64`"
 
 #: Everything that is not ``kind(model.parameters())``.
@@ -119,7 +120,8 @@ SETUPS: dict[str, Setup] = {
     **dict.fromkeys(
         ("adago", "adamuon", "distributedmuon", "muon", "muonclip", "normuon"), Setup(_by_shape)
     ),
-    **dict.fromkeys(("adalomo", "adammini", "lomo"), Setup(_of_model)),
+    "adammini": Setup(_of_model),
+    **dict.fromkeys(("adalomo", "lomo"), Setup(_of_model, note=_FUSED)),
     **dict.fromkeys(("nero", "sm3", "lars", "scalableshampoo"), Setup(model=Convolution)),
     # G of Small has rank 2, so that G·Gᵀ has a double eigenvalue and no basis of its own.
     **dict.fromkeys(("soap", "splus"), Setup(model=Matrices)),
@@ -321,7 +323,8 @@ def row_of(name: str) -> Row:
             lowered = program.lower(train, val)
             draws, result = _run(program, lowered, train, val)
     except unrollc.CaptureError as error:
-        row.reason = _explained(error)
+        note = setup_of(name).note
+        row.reason = f"{note}; {_explained(error)}" if note else _explained(error)
         return row
     row.captured, row.distinct = True, len(lowered.loop.steps)
     row.equal = _equal(name, draws, result)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.overrides import TorchFunctionMode
 
+from unrollc.capture.nests import tensors_in
 from unrollc.capture.record import Recorder
 from unrollc.errors import CaptureError
 
@@ -54,6 +55,14 @@ class ScalarSlots(TorchFunctionMode):
         if name == "__bool__":
             asked = args[0] if args[0].dtype is torch.bool else args[0] != 0
             return bool(torch.ops.aten._local_scalar_dense.default(asked))
+        if func is torch.autograd.grad and not _is_tracked(args[0] if args else kwargs["outputs"]):
+            raise CaptureError(
+                "the optimizer differentiates the gradients it is given",
+                where=self._recorder._line(),
+                why="its step calls torch.autograd.grad on .grad (a Hessian product); captured "
+                "gradients are values without a graph",
+                remedy="use an optimizer whose step takes one gradient",
+            )
         if name == "data_ptr":
             return _address(args[0])
         if name in ("__float__", "__int__", "__index__"):
@@ -110,6 +119,11 @@ def stays_tensor(recorder: Recorder, tensor: Tensor) -> bool:
     if node is None or _caller().co_filename.startswith(_OPTIMIZERS):
         return node is not None
     return not recorder.is_known(tensor) or not _tuned(node)
+
+
+def _is_tracked(outputs: Any) -> bool:
+    """Whether autograd has a graph for all of these."""
+    return all(tensor.requires_grad for tensor in tensors_in(outputs))
 
 
 def _address(tensor: Tensor) -> int:
