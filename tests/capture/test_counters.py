@@ -120,6 +120,23 @@ class Queue(Plain):
             param.sub_(0.1 * sum(queue))
 
 
+class Buffer(Plain):
+    """Tensors on the optimizer: one written to, one rebound, one that stays."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params)
+        self.mask = torch.tensor([1.0, 0.5])
+        self.sizes = {"mean": [torch.zeros(2)]}
+        self.last = torch.zeros(2)
+
+    def factor(self, group: dict[str, Any]) -> Any:
+        mean = self.sizes["mean"][0]
+        size = torch.stack([param.grad.norm() for param in group["params"][:2]])
+        mean.lerp_(size * self.mask, 0.5)
+        self.last = self.last + mean
+        return 1.0 / (1.0 + mean.sum() + self.last.sum())
+
+
 class Wrapper(Plain):
     """Steps another optimizer and pulls the weights back to where they were."""
 
@@ -146,7 +163,7 @@ class ReadOut(Plain):
         return min(1.0, 0.3 / group["largest"]) * math.log(2.0 + size)
 
 
-KINDS = [InGroup, OnSelf, InObject, Aliased, InSet, Queue, Wrapper, ReadOut]
+KINDS = [InGroup, OnSelf, InObject, Aliased, InSet, Queue, Buffer, Wrapper, ReadOut]
 
 
 def problem(
@@ -195,7 +212,7 @@ def test_values_gradients_and_the_way_back(kind: type[Plain]) -> None:
     assert_close(dict(model.named_parameters()), dict(eager_model.named_parameters()))
 
 
-@pytest.mark.parametrize("kind", [InGroup, OnSelf, InObject, Queue, ReadOut])
+@pytest.mark.parametrize("kind", [InGroup, OnSelf, InObject, Queue, Buffer, ReadOut])
 def test_steps_are_shared(kind: type[Plain]) -> None:
     """Numbers that change from step to step do not make each step a program of its own."""
     model, opt, batches, val = problem(kind, steps=12)

@@ -108,6 +108,7 @@ def read_layout(
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, int | float] = {}
     traced: list[str] = []
+    places: dict[int, str] = {}
     known: dict[int, Hashable] = {id(opt): "self", id(opt.state): "state"}
     known[id(opt.param_groups)] = "groups"
     known.update((id(group), f"group {i}") for i, group in enumerate(opt.param_groups))
@@ -116,9 +117,10 @@ def read_layout(
         if (owner := owned(value, owners)) is not value:
             return owner
         if isinstance(value, Tensor):
+            label = places.setdefault(id(value), label)  # one tensor in two places stays one
             tensors[label] = value
             number = is_traced_number is not None and is_traced_number(value)
-            traced.extend([label] if number else [])
+            traced.extend([label] if number and label not in traced else [])
             return Leaf(label, number)
         if is_number(value):
             if label in manner.moving:
@@ -145,8 +147,11 @@ def read_layout(
         return leaf(label, value)
 
     def attribute(label: str, value: Any) -> Any:
-        own = isinstance(value, Tensor) and not isinstance(value, FunctionalTensor)
-        return Opaque(value) if own and id(value) not in owners else leaf(label, value)
+        tensor = isinstance(value, Tensor) and id(value) not in owners
+        traced = isinstance(value, FunctionalTensor)
+        if tensor and not traced and (value.requires_grad or value.layout is not torch.strided):
+            return Opaque(value)  # a learned optimizer's parameter, found where it is used
+        return leaf(label, value)
 
     flags = manner.flags
     state = []

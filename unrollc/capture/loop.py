@@ -121,10 +121,11 @@ def capture_loop(
     try:
         return _capture_in(Manner(), problem, stock, train, extra, requested, names)
     except CaptureError as error:
-        with contextlib.suppress(CaptureError):  # the plain path's error is the one to read
-            manner = Manner(foreach=True)
-            return _capture_in(manner, problem, stock, train, extra, requested, names)
-        raise error
+        if error.in_update:
+            with contextlib.suppress(CaptureError):  # the plain path's error is the one to read
+                manner = Manner(foreach=True)
+                return _capture_in(manner, problem, stock, train, extra, requested, names)
+        raise
 
 
 def _capture_in(
@@ -196,7 +197,7 @@ def _capture_with(
             **kind.concretes.advance(concrete),
         }
     lifted_by_label = {closure_label(index): tensor for index, tensor in enumerate(shared.lifted)}
-    steps = _with_settled_buffers(raw)
+    steps = _with_settled_state(raw, stock)
     return Loop(
         steps=steps,
         sequence=tuple(kinds[index].graph for index in sequence),
@@ -240,27 +241,34 @@ def _reusable(
     return None
 
 
-def _with_settled_buffers(raw: list[StepGraph]) -> tuple[StepGraph, ...]:
-    """The step graphs with buffers that no step changes as context."""
-    changing = set()
+def _with_settled_state(raw: list[StepGraph], stock: Stock) -> tuple[StepGraph, ...]:
+    """The step graphs with buffers and optimizer state that no step changes as context.
+
+    State that requires grad keeps its role: its gradient is that of the state the loop starts from.
+    """
+    settled = {label for label, t in stock.opt_state.items() if not t.requires_grad}
+    settled |= set(stock.buffers)
     for graph in raw:
-        by_label = {value.label: node for value, node in graph.inputs_with(Role.BUFFER)}
-        for value, node in graph.outputs_with(Role.BUFFER):
-            if node is not by_label[value.label]:
-                changing.add(value.label)
-    return tuple(_retyped(graph, changing) for graph in raw)
+        by_label = {value.label: node for value, node in graph.inputs_with(*_SETTLING)}
+        for value, node in graph.outputs_with(*_SETTLING):
+            if node is not by_label.get(value.label):
+                settled.discard(value.label)
+    return tuple(_retyped(graph, settled) for graph in raw)
 
 
-def _retyped(graph: StepGraph, changing: set[str]) -> StepGraph:
+_SETTLING = (Role.BUFFER, Role.OPT_STATE)
+
+
+def _retyped(graph: StepGraph, settled: set[str]) -> StepGraph:
     inputs = tuple(
         replace(value, role=Role.CONTEXT)
-        if value.role is Role.BUFFER and value.label not in changing
+        if value.role in _SETTLING and value.label in settled
         else value
         for value in graph.inputs
     )
     outputs = tuple(
         (value, node)
         for value, node in zip(graph.outputs, graph.results, strict=True)
-        if value.role is not Role.BUFFER or value.label in changing
+        if value.role not in _SETTLING or value.label not in settled
     )
     return assemble_graph(graph, zip(inputs, graph.placeholders, strict=True), outputs)

@@ -192,7 +192,8 @@ class Program:
         }
         assert run.inner_losses is not None
         layout = lowered.loop.layout
-        held: dict[str, Any] = {**stock.theta, **stock.context, **after[Role.OPT_STATE]}
+        start = {**stock.theta, **stock.context, **stock.opt_state}
+        held: dict[str, Any] = {**start, **after[Role.OPT_STATE]}
         held |= {label: plain_number(held[label]) for label in layout.traced}
         made: dict[Any, Any] = {"self": self._problem.opt}
         state = {owner: rebuild(tree, filler(held), made) for owner, tree in layout.state}
@@ -207,12 +208,12 @@ class Program:
             inner_losses=run.inner_losses,
             average=_average(given.problem, after[Role.AVERAGE]),
             scheduler=None if given.schedule is None else given.schedule.state,
-            _write=functools.partial(self._apply, given.schedule, layout, after),
+            _write=functools.partial(self._apply, given, layout, after),
         )
 
     def _apply(
         self,
-        schedule: Schedule | None,
+        given: Given,
         layout: Layout,
         after: Mapping[Role, dict[str, Tensor]],
         result: Result,
@@ -226,11 +227,11 @@ class Program:
                 stock.buffers[label].copy_(tensor)
             for label, tensor in after[Role.AVERAGE].items():
                 stock.average[label].copy_(tensor)
-        own = {k: t.detach().clone() for k, t in after[Role.OPT_STATE].items()}
-        write_back(self._problem.opt, layout, own, by_label)
-        if schedule is not None:
+        own = {label: tensor.detach().clone() for label, tensor in after[Role.OPT_STATE].items()}
+        write_back(self._problem.opt, layout, {**given.stock.opt_state, **own}, by_label)
+        if given.schedule is not None:
             assert self._problem.scheduler is not None
-            put_back(schedule, self._problem.opt, self._problem.scheduler)
+            put_back(given.schedule, self._problem.opt, self._problem.scheduler)
 
 
 #: Lowered programs that are kept; the least recently used goes first.
