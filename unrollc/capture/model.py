@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DynamicOutputShapeException
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.stateless import _reparametrize_module
@@ -317,6 +318,14 @@ def explained(
         yield
     except (UnrollcError, AssertionError):
         raise
+    except DynamicOutputShapeException as error:
+        raise CaptureError(
+            "the shape of a result depends on the data",
+            where=error_source(error),
+            why=f"{error.func} returns as many elements as meet a condition (boolean indexing, "
+            "nonzero, unique), so one graph cannot stand for all inputs",
+            remedy="keep all elements and use torch.where or a product with the mask",
+        ) from error
     except Exception as error:
         raise CaptureError(
             f"{what} cannot be captured: {type(error).__name__}: {error}",

@@ -14,6 +14,7 @@ from unrollc.capture.averaging import run_user_average
 from unrollc.capture.batches import Batches
 from unrollc.capture.fingerprint import step_hooks_of
 from unrollc.capture.gradients import run_user_transform
+from unrollc.capture.layout import Layout, Manner
 from unrollc.capture.model import (
     capturing,
     explained,
@@ -24,12 +25,12 @@ from unrollc.capture.model import (
 )
 from unrollc.capture.naming import Names
 from unrollc.capture.networks import running
-from unrollc.capture.optimizer import Layout, run_user_update
+from unrollc.capture.optimizer import run_user_update
 from unrollc.capture.problem import PerStep, Problem, Stock
 from unrollc.capture.record import Recorder
 from unrollc.capture.source import SourceFinder
 from unrollc.capture.step_hooks import step_hooks
-from unrollc.errors import Source
+from unrollc.errors import CaptureError, Source
 from unrollc.step import STATE_ROLES, Phase, Role, StepGraph, Value
 
 
@@ -118,11 +119,13 @@ class Shared:
         extra: Labels of tensors besides θ whose inner-loss gradient is recorded as well.
         names: Identifiers for labels.
         lifted: Tensors from outside found so far; captures append to it.
+        manner: How the optimizer is captured.
     """
 
     extra: tuple[str, ...]
     names: Names
     lifted: list[Tensor]
+    manner: Manner
 
 
 class StepRecording:
@@ -164,8 +167,12 @@ class StepRecording:
         def run_user_step(*tensors: Tensor) -> dict[str, Any]:
             return self._step(dict(zip(labels, tensors, strict=True)), train)
 
-        with capturing(self.problem, recorder), explained("the inner step"):
-            results = recorder.run(run_user_step, inputs)
+        try:
+            with capturing(self.problem, recorder), explained("the inner step"):
+                results = recorder.run(run_user_step, inputs)
+        except CaptureError as error:
+            error.in_update = recorder.phase is Phase.UPDATE
+            raise
         after: Layout = results["layout"]
         state_after: dict[str, Tensor] = results["state"]
         outputs = self._outputs(results)
@@ -282,7 +289,14 @@ class StepRecording:
             step_hooks(self.problem, stock, recorder, after, hyper),
         ):
             layout, state = run_user_update(
-                self.problem.opt, recorder, self.layout, stock.owners, known, hooked
+                self.problem.opt,
+                recorder,
+                self.layout,
+                stock.owners,
+                known,
+                hooked,
+                stock.hyper,
+                self.shared.manner,
             )
         after.update(own)
         average = {label: after.pop(label) for label in stock.average}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,8 +12,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 from torch.utils import _pytree as pytree
 
+from unrollc.capture.layout import Layout, Manner, hyper_label, read_layout
 from unrollc.capture.networks import networks_of
-from unrollc.capture.optimizer import Layout, hyper_label, read_layout
 from unrollc.errors import InputError
 
 
@@ -177,13 +177,19 @@ def take_stock(problem: Problem) -> Stock:
                 buffers[prefix + name] = buffer
     theta = _held_parameters(problem.opt, owners)
     context = {label: p for label, p in parameters.items() if label not in theta}
-    layout, opt_state = read_layout(problem.opt, owners)
     average: dict[str, Tensor] = {}
     if problem.average is not None:
         held = (*problem.average.named_parameters(), *problem.average.named_buffers())
         average = {problem.average_prefix + name: tensor for name, tensor in held}
     hyper = read_hyper(problem.opt)
+    layout, opt_state = read_layout(problem.opt, owners, Manner())
     return Stock(theta, context, buffers, hyper, opt_state, layout, owners, average)
+
+
+def read_again(problem: Problem, stock: Stock, manner: Manner) -> Stock:
+    """`stock` with the optimizer's layout and state tensors as this manner takes them."""
+    layout, opt_state = read_layout(problem.opt, stock.owners, manner)
+    return replace(stock, layout=layout, opt_state=opt_state)
 
 
 def _held_parameters(opt: torch.optim.Optimizer, owners: Mapping[int, str]) -> dict[str, Tensor]:

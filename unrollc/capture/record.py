@@ -17,7 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+from torch._subclasses.functional_tensor import (
+    FunctionalTensor,
+    FunctionalTensorMode,
+    disable_functional_mode,
+)
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -112,16 +116,31 @@ class Recorder(TorchDispatchMode):
         while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
             tensor = torch._C._functorch.get_unwrapped(tensor)
         if isinstance(tensor, FunctionalTensor):
-            tensor = _from_functional(tensor)
+            with self._beneath_functionalization():
+                tensor = _from_functional(tensor)
         return self._nodes.get(id(tensor))
+
+    @contextlib.contextmanager
+    def _beneath_functionalization(self) -> Iterator[None]:
+        """Where a view of what was written to is made anew, this is recorded too."""
+        key = torch._C._TorchDispatchModeKey.FUNCTIONAL
+        running = torch._C._get_dispatch_mode(key) is not None
+        with disable_functional_mode() if running else contextlib.nullcontext(), self:
+            yield
+
+    def is_known(self, tensor: Tensor) -> bool:
+        """Whether the value of `tensor` depends on known scalars alone."""
+        return self.node_of(tensor) in self.concrete
 
     def run(self, body: Callable[..., Any], inputs: Sequence[Tensor]) -> Any:
         """Record `body(*inputs)`; its tensors come back as fake ones (see `node_of`)."""
         mode = _RecordedFunctionalization(self)
         excluded = torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize)
-        with torch._C._ExcludeDispatchKeyGuard(excluded), mode:
-            results = body(*(FunctionalTensor.to_functional(tensor) for tensor in inputs))
-            return pytree.tree_map_only(FunctionalTensor, _from_functional, results)
+        with torch._C._ExcludeDispatchKeyGuard(excluded):
+            with mode:
+                results = body(*(FunctionalTensor.to_functional(tensor) for tensor in inputs))
+            with self._beneath_functionalization():
+                return pytree.tree_map_only(FunctionalTensor, _from_functional, results)
 
     def _placeholder(self, name: str, fake: Tensor) -> fx.Node:
         first = next(iter(self.graph.nodes), None)

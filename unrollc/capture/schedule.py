@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from unrollc.capture.base_rates import move_bases
 from unrollc.capture.copies import copied, is_per_step, twin_of
-from unrollc.capture.optimizer import hyper_label
+from unrollc.capture.layout import hyper_label
 from unrollc.capture.problem import PerStep
 from unrollc.errors import InputError
 

@@ -17,8 +17,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, fx
 
+from unrollc.capture.layout import Layout
 from unrollc.capture.one_step import Cut, Kind
-from unrollc.capture.optimizer import Layout
 from unrollc.capture.problem import PerStep, Stock
 from unrollc.errors import CaptureError
 from unrollc.step import STATE_ROLES, Role, StepGraph, Value

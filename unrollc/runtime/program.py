@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
@@ -14,16 +15,18 @@ from torch.utils import _pytree as pytree
 from unrollc.capture.averaging import averaged_labels
 from unrollc.capture.batches import Batches, read_train, read_val
 from unrollc.capture.fingerprint import Fingerprint
+from unrollc.capture.layout import Layout, filler, plain_number, write_back
 from unrollc.capture.loop import known_scalars
-from unrollc.capture.optimizer import Leaf
 from unrollc.capture.problem import (
     Objective,
     PerStep,
     Problem,
     Stock,
+    read_again,
     take_stock,
 )
 from unrollc.capture.schedule import Schedule, put_back, run_schedule
+from unrollc.capture.trees import rebuild
 from unrollc.errors import NonFiniteError
 from unrollc.requirements.verdict import Requirements
 from unrollc.runtime.bridge import MetaLoop, Run
@@ -50,6 +53,10 @@ class Given:
     train: Batches
     val: Batches
     schedule: Schedule | None = None
+
+    def read_as(self, lowered: Lowered) -> Given:
+        """With the optimizer's state in the manner in which `lowered` takes it."""
+        return replace(self, stock=read_again(self.problem, self.stock, lowered.loop.manner))
 
 
 class Program:
@@ -81,6 +88,7 @@ class Program:
         """
         given = self._read(train, val)
         lowered, module = self._lowered(given, torch.is_grad_enabled())
+        given = given.read_as(lowered)
         inputs = _inputs(lowered, given)
         if self._options.debug:
             _check_finite(inputs, lowered.pieces.per_step)
@@ -110,7 +118,7 @@ class Program:
         """The tensors that a saved program takes, by label (detached)."""
         given = self._read(train, val)
         lowered, _ = self._lowered(given, torch.is_grad_enabled())
-        inputs = _inputs(lowered, given)
+        inputs = _inputs(lowered, given.read_as(lowered))
         return pytree.tree_map_only(Tensor, Tensor.detach, inputs)  # type: ignore[no-any-return]
 
     def check(self, train: Any, val: Any) -> Requirements:
@@ -155,8 +163,8 @@ class Program:
         while len(self._cache) > _MOST_CACHED:
             oldest = next(iter(self._cache))
             del self._cache[oldest], self._pinned[oldest]
-        scalars = known_scalars(stock)
         for lowered, module in variants:
+            scalars = known_scalars(given.read_as(lowered).stock)
             lifted = lowered.loop.lifted.values()
             same = lowered.lifted_require == tuple(t.requires_grad for t in lifted)
             if same and lowered.loop.holds(scalars):
@@ -185,13 +193,12 @@ class Program:
         }
         own_buffers = {name for name, _ in self._problem.model.named_buffers()}
         assert run.inner_losses is not None
-        state: dict[str, Any] = {}
-        for owner, spec, leaves in lowered.loop.layout.state:
-            filled = [
-                after[Role.OPT_STATE][leaf.label] if isinstance(leaf, Leaf) else leaf
-                for leaf in leaves
-            ]
-            state[owner] = pytree.tree_unflatten(filled, spec)
+        layout = lowered.loop.layout
+        start = {**stock.theta, **stock.context, **stock.opt_state}
+        held: dict[str, Any] = {**start, **after[Role.OPT_STATE]}
+        held |= {label: plain_number(held[label]) for label in layout.traced}
+        made: dict[Any, Any] = {"self": self._problem.opt}
+        state = {owner: rebuild(tree, filler(held), made) for owner, tree in layout.state}
         return Result(
             loss=loss,
             params={
@@ -204,10 +211,16 @@ class Program:
             inner_losses=run.inner_losses,
             average=_average(given.problem, after[Role.AVERAGE]),
             scheduler=None if given.schedule is None else given.schedule.state,
-            _write=functools.partial(self._apply, given.schedule, after[Role.AVERAGE]),
+            _write=functools.partial(self._apply, given, layout, after),
         )
 
-    def _apply(self, schedule: Schedule | None, average: dict[str, Tensor], result: Result) -> None:
+    def _apply(
+        self,
+        given: Given,
+        layout: Layout,
+        after: Mapping[Role, dict[str, Tensor]],
+        result: Result,
+    ) -> None:
         stock = take_stock(self._problem)
         by_label: dict[Any, Any] = {**stock.theta, **stock.context}
         with torch.no_grad():
@@ -215,14 +228,13 @@ class Program:
                 by_label[label].copy_(result.params[label])
             for label, tensor in {**result.buffers, **result.other_buffers}.items():
                 stock.buffers[label].copy_(tensor)
-            for label, tensor in average.items():
+            for label, tensor in after[Role.AVERAGE].items():
                 stock.average[label].copy_(tensor)
-        for owner, state in result.opt_state.items():
-            own = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), state)
-            self._problem.opt.state[by_label.get(owner, owner)] = own
-        if schedule is not None:
+        own = {label: tensor.detach().clone() for label, tensor in after[Role.OPT_STATE].items()}
+        write_back(self._problem.opt, layout, {**given.stock.opt_state, **own}, by_label)
+        if given.schedule is not None:
             assert self._problem.scheduler is not None
-            put_back(schedule, self._problem.opt, self._problem.scheduler)
+            put_back(given.schedule, self._problem.opt, self._problem.scheduler)
 
 
 #: Lowered programs that are kept; the least recently used goes first.
