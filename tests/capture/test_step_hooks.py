@@ -44,10 +44,15 @@ def clip_the_models(model: nn.Module) -> Callable[..., None]:
     return hook
 
 
-def project(opt: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    with torch.no_grad():
-        for parameter in opt.param_groups[0]["params"]:
-            parameter.clamp_(-0.5, 0.5)
+def project_held(model: nn.Module) -> Callable[..., None]:
+    held = list(model.parameters())  # references from before the capture
+
+    def hook(opt: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        with torch.no_grad():
+            for parameter in held:
+                parameter.clamp_(-0.5, 0.5)
+
+    return hook
 
 
 def halve_rate(opt: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -65,7 +70,7 @@ HOOKS: dict[str, tuple[Register, dict[str, Any]]] = {
         {"transform": clipped},
     ),
     "after": (
-        lambda opt, model: opt.register_step_post_hook(project),
+        lambda opt, model: opt.register_step_post_hook(project_held(model)),
         {"after": lambda theta: [w.clamp(-0.5, 0.5) for w in theta]},
     ),
     "a schedule": (
