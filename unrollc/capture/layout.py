@@ -172,7 +172,7 @@ def read_layout(
     attributes = [
         (
             name,
-            Opaque(value)
+            (value if isinstance(value, str) else Opaque(value))  # load_state_dict makes a new one
             if name in MACHINERY
             else flatten(value, f"optimizer.{name}", attribute, owners, known, flags),
         )
