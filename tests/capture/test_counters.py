@@ -242,6 +242,19 @@ def test_a_rate_that_is_a_tensor_is_not_written_to() -> None:
     finite.assert_gradient(loss, lr, ours, step=1e-2)
 
 
+class Writing(Plain):
+    def factor(self, group: dict[str, Any]) -> Any:
+        group["lr"].mul_(0.5)
+        return 1.0
+
+
+def test_writing_to_a_rate_is_refused() -> None:
+    model, _, batches, val = problem(Plain)
+    opt = Writing(model.parameters(), lr=torch.tensor(0.1))
+    with pytest.raises(unrollc.CaptureError, match="writes to the tensor"):
+        unrollc.compile(model, opt, F.cross_entropy).lower(batches, val)
+
+
 class Branching(Plain):
     def factor(self, group: dict[str, Any]) -> Any:
         size = group["params"][0].grad.norm()
