@@ -225,21 +225,26 @@ def train_eagerly(
     return {name: p.detach() for name, p in model.named_parameters()}, loss
 
 
+_NARROW = (torch.bfloat16, torch.float16, torch.float32)
+
+
 class _Float64:
     """`torch`, in which every floating dtype is float64."""
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(torch, name)
-        narrow = value in (torch.bfloat16, torch.float16, torch.float32)
-        return torch.float64 if narrow else value
+        return torch.float64 if value in _NARROW else value
 
 
 class _WideMethods(TorchFunctionMode):
-    """``x.float()`` is ``x.double()``."""
+    """``x.float()`` is ``x.double()``, which a traced tensor says as ``x.to(dtype=...)``."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if kwargs.get("dtype") in _NARROW:
+            kwargs["dtype"] = torch.float64
         narrow = (Tensor.float, Tensor.half, Tensor.bfloat16)
-        return (Tensor.double if func in narrow else func)(*args, **(kwargs or {}))
+        return (Tensor.double if func in narrow else func)(*args, **kwargs)
 
 
 @contextlib.contextmanager
@@ -394,8 +399,7 @@ def _equal(name: str, draws: Draws, result: Any, scale: float | None = None) -> 
 def _is_narrow(node: Any) -> bool:
     """Whether a value with more than one element is computed in less than float64."""
     value = node.meta.get("val")
-    narrow = (torch.bfloat16, torch.float16, torch.float32)
-    return getattr(value, "dtype", None) in narrow and value.numel() > 1
+    return getattr(value, "dtype", None) in _NARROW and value.numel() > 1
 
 
 def _run(program: Any, lowered: Any, train: Any, val: Any) -> tuple[Draws, Any]:
