@@ -228,6 +228,8 @@ def rebuild(
         return types.MethodType(*inside())
     if issubclass(tree.kind, tuple):
         fixed = inside()
+        if len(present) == len(fixed) > 0 and all(map(_alike, fixed, onto)):
+            return onto
         return tree.kind(*fixed) if hasattr(tree.kind, "_fields") else tree.kind(fixed)
     if tree.kind is frozenset:
         return frozenset(inside())
@@ -249,6 +251,10 @@ def rebuild(
     else:
         value.extend(items)
     return value
+
+
+def _alike(first: Any, second: Any) -> bool:
+    return first is second or (is_number(first) and is_number(second) and first == second)
 
 
 def _hashable(key: Any) -> Any:
