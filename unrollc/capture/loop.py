@@ -202,6 +202,8 @@ def _with_settled_buffers(raw: list[StepGraph]) -> tuple[StepGraph, ...]:
 
 
 def _retyped(graph: StepGraph, changing: set[str]) -> StepGraph:
+    if all(value.label in changing for value, _ in graph.inputs_with(Role.BUFFER)):
+        return graph
     inputs = tuple(
         replace(value, role=Role.CONTEXT)
         if value.role is Role.BUFFER and value.label not in changing
