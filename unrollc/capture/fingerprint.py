@@ -17,7 +17,7 @@ _DEPTH = 4
 _ITEMS = 64
 
 #: Attributes of a module that are keyed elsewhere or that PyTorch itself maintains.
-_MODULE_PARTS = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
+MODULE_PARTS = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
 _OPTIMIZER_PARTS = {"state", "param_groups", "step"}
 
 
@@ -40,7 +40,7 @@ class Fingerprint:
         parts: list[Any] = []
         for prefix, module in problem.modules.items():
             for name, child in module.named_modules():
-                own = {k: v for k, v in vars(child).items() if k not in _MODULE_PARTS}
+                own = {k: v for k, v in vars(child).items() if k not in MODULE_PARTS}
                 parts.append((prefix + name, type(child), self.of(own)))
             for name, parameter in module.named_parameters():
                 if parameter._backward_hooks:

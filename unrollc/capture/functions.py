@@ -18,8 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.utils.checkpoint import CheckpointFunction
 
 from unrollc.capture.record import Recorder
+from unrollc.capture.wrappers import run_checkpointed
 from unrollc.errors import CaptureError
 from unrollc.step import ATTACH
 
@@ -66,6 +68,8 @@ def declared_functions(recorder: Recorder) -> Iterator[None]:
     has_setup = _autograd_function._is_setup_context_defined
 
     def call(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if cls is CheckpointFunction:  # run_function, preserve_rng_state, *args
+            return run_checkpointed(recorder.sources, args[0], *args[2:])
         if cls.__module__.startswith("torch.") or issubclass(cls, _Declared):
             return original(cls, *args, **kwargs)
         return _apply_declared(cls, recorder, args)
@@ -102,7 +106,7 @@ def _apply_declared(cls: Any, recorder: Recorder, args: tuple[Any, ...]) -> Any:
     if hasattr(cls.backward, "__wrapped__"):
         raise CaptureError(
             f"{cls.__name__}.backward is marked once_differentiable",
-            where=recorder._sources.here(),
+            where=recorder.sources.here(),
             why="a meta-gradient differentiates the inner gradient, and with it this backward",
             remedy="remove once_differentiable if backward is made of differentiable ops",
         )

@@ -5,22 +5,26 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._functorch.eager_transforms import enable_inplace_requires_grad
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.overrides import TorchFunctionMode
 
+from unrollc.capture.attributes import Attributes, Carried, attributes_carried, check_fresh
 from unrollc.capture.batches import as_arguments
 from unrollc.capture.functions import declared_functions
 from unrollc.capture.nests import map_tensors
 from unrollc.capture.problem import Loss, Objective, Problem, Stock
 from unrollc.capture.record import Recorder
 from unrollc.capture.source import error_source
+from unrollc.capture.wrappers import wrappers_undone
 from unrollc.errors import CaptureError, UnrollcError
 from unrollc.step import Phase
 
@@ -35,25 +39,43 @@ def module_names(problem: Problem) -> dict[int, str]:
 
 
 @contextlib.contextmanager
-def capturing(problem: Problem, recorder: Recorder) -> Iterator[None]:
+def capturing(problem: Problem, recorder: Recorder, start: Attributes) -> Iterator[Carried]:
     """Settings under which user code is traced; everything is restored afterwards.
 
     Fused attention has no double backward and fused recurrent kernels no decomposition, so the
-    plain ones are captured. Module attributes that a forward sets are put back.
+    plain ones are captured.
+
+    Args:
+        problem: The user's objects.
+        recorder: What they are recorded by.
+        start: The attributes of modules as the step before left them.
     """
     check_hooks(problem)
+    with (
+        _ONE_AT_A_TIME,
+        _plain_kernels(),
+        declared_functions(recorder),
+        wrappers_undone(recorder.sources),
+        torch.enable_grad(),
+        _generators_restored(),
+        attributes_carried(problem, start) as carried,
+    ):
+        recorder.stale = carried.before.stale
+        yield carried
+
+
+#: Captures change settings of the whole process, so one runs at a time.
+_ONE_AT_A_TIME = threading.RLock()
+
+
+@contextlib.contextmanager
+def _plain_kernels() -> Iterator[None]:
     fastpath = torch.backends.mha.get_fastpath_enabled()
     fused_recurrent = torch._C._get_mkldnn_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     torch._C._set_mkldnn_enabled(False)
     try:
-        with (
-            sdpa_kernel(SDPBackend.MATH),
-            declared_functions(recorder),
-            _attributes_restored(problem),
-            torch.enable_grad(),
-            _generators_restored(),
-        ):
+        with sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
@@ -87,35 +109,6 @@ def check_hooks(problem: Problem) -> None:
             )
 
 
-@contextlib.contextmanager
-def _attributes_restored(problem: Problem) -> Iterator[None]:
-    modules = [child for module in problem.modules.values() for child in module.modules()]
-    before = []
-    for module in modules:
-        contents = {
-            key: value.copy()
-            for key, value in vars(module).items()
-            if isinstance(value, dict | list | set)
-        }
-        before.append((module, dict(vars(module)), contents))
-    try:
-        yield
-    finally:
-        for module, attributes, contents in before:
-            vars(module).clear()
-            vars(module).update(attributes)
-            for key, content in contents.items():
-                _refill(attributes[key], content)
-
-
-def _refill(container: Any, content: Any) -> None:
-    container.clear()
-    if isinstance(container, list):
-        container.extend(content)
-    else:
-        container.update(content)
-
-
 _DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 
 
@@ -126,16 +119,21 @@ class _Substituted(TorchFunctionMode):
     ``params = list(model.parameters())`` in a regulariser, which mean the fast weights too.
     """
 
-    def __init__(self, replacements: Mapping[int, Tensor]) -> None:
+    def __init__(self, replacements: Mapping[int, Tensor], recorder: Recorder) -> None:
         super().__init__()
         self._replacements = replacements
+        self._recorder = recorder
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         def replaced(tensor: Tensor) -> Tensor:
+            check_fresh(self._recorder.stale, tensor, self._recorder.sources)
             return self._replacements.get(id(tensor), tensor)
 
         if func == _DATA:  # torch.func records no stop-gradient for it
             return replaced(args[0]).detach()
+        if func is Tensor.__deepcopy__:  # of a parameter: a leaf of its own, which starts anew
+            copied = args[1][id(args[0])] = replaced(args[0]).detach().clone()
+            return copied
         if func is F.one_hot:
             args, kwargs = map_tensors(replaced, args), map_tensors(replaced, kwargs or {})
             return _one_hot(func, *args, **kwargs)
@@ -178,7 +176,9 @@ def run_user_loss(
             stack.enter_context(_swapped(module, own, prefix, tensors))
         originals = {**stock.theta, **stock.context, **stock.buffers}
         replacements = {id(t): tensors[label] for label, t in originals.items()}
-        stack.enter_context(_Substituted(replacements))
+        stack.enter_context(_Substituted(replacements, recorder))
+        # For torch.autograd.grad by a tensor that the loss marks with requires_grad_().
+        stack.enter_context(enable_inplace_requires_grad(True))
         recorder.phase = Phase.FORWARD
         if isinstance(loss, Objective):
             value = loss.fn(problem.model, batch)
@@ -240,8 +240,8 @@ def inner_gradient(
         theta: Fast weights by label.
         extra: Other tensors whose gradient is recorded too (mixed mode needs it); a label of a
             batch leaf stands for that leaf.
-        rest: The remaining parameters and all buffers.
-        batch: The batch in the user's structure, given the tensors of `extra`.
+        rest: The remaining parameters, all buffers and the other leaves of the batch.
+        batch: The batch in the user's structure, given its leaves by label.
 
     Returns:
         Gradients of θ, gradients of `extra`, the loss, and the tensors after the forward pass.
@@ -251,7 +251,7 @@ def inner_gradient(
         theta: dict[str, Tensor], extra: dict[str, Tensor], rest: dict[str, Tensor]
     ) -> tuple[Tensor, tuple[Tensor, dict[str, Tensor]]]:
         tensors = {**rest, **theta, **extra}
-        value = run_user_loss(problem, stock, problem.loss, recorder, tensors, batch(extra))
+        value = run_user_loss(problem, stock, problem.loss, recorder, tensors, batch(tensors))
         recorder.phase = Phase.GRADIENT
         after = {label: tensors[label] for label in rest}
         return value, (value, after)

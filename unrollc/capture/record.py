@@ -65,6 +65,8 @@ class Recorder(TorchDispatchMode):
         guards: Where Python read such a value.
         fast: Labels of the user's parameters that are fast weights, by id; code that reads one
             from outside would see a stale value.
+        stale: Tensors that an earlier step left in attributes of modules, by id, with their names.
+        sources: Finds the user's line.
         nonzero: Labels of hyperparameters for which ``x != 0`` is answered with yes.
         zero_tests: Hyperparameters equal to zero that the code compared with zero.
     """
@@ -81,10 +83,11 @@ class Recorder(TorchDispatchMode):
         self.guards: list[Guard] = []
         self.nonzero: frozenset[str] = frozenset()
         self.fast: dict[int, str] = {}
+        self.stale: dict[int, str] = {}
         self.zero_tests: list[tuple[str, Source | None]] = []
         self.origin: fx.Node | None = None
         self.declaring = False
-        self._sources = sources
+        self.sources = sources
         self._nodes: dict[int, fx.Node] = {}
         self._alive: list[Tensor] = []
         self._lines: dict[int, Source | None] = {}
@@ -202,7 +205,7 @@ class Recorder(TorchDispatchMode):
                     if node in self.concrete:
                         self.concrete[part] = self.concrete[node][index]
         if stop:
-            self._stopped.update(dict.fromkeys(made))
+            self._stopped.update(dict.fromkeys(n for n in made if _is_continuous(n)))
         return node
 
     def _transparent(self, func: Any, args: tuple[Any, ...], result: Any) -> fx.Node | None:
@@ -224,7 +227,14 @@ class Recorder(TorchDispatchMode):
             if real is tensor:
                 return node.meta["val"]  # type: ignore[no-any-return]
         if isinstance(tensor, FakeTensor):
-            raise AssertionError("a fake tensor of unknown origin reached the recorder")
+            assert self.origin is None, "a fake tensor of unknown origin reached the recorder"
+            raise CaptureError(
+                "the code uses a tensor that was computed in another step or another capture",
+                where=self._line(),
+                why="only parameters, optimizer state and buffers are carried from one inner step "
+                "to the next",
+                remedy="keep it in a buffer (register_buffer), or compute it anew in each step",
+            )
         if id(tensor) in self.fast:
             raise CaptureError(
                 f"the code reads {self.fast[id(tensor)]} behind the model's back",
@@ -332,7 +342,7 @@ class Recorder(TorchDispatchMode):
         if self.origin is not None:
             source = self.origin.meta.get("source")
         else:
-            source = self._sources.here(optimizer=self.phase is Phase.UPDATE)
+            source = self.sources.here(optimizer=self.phase is Phase.UPDATE)
         number = torch.autograd._get_sequence_nr()
         self._lines[number - 1] = source
         # Where a closure tensor requires grad, autograd below torch.func has made a node as well.
@@ -381,3 +391,9 @@ class Recorder(TorchDispatchMode):
             yield
         finally:
             self.declaring = before
+
+
+def _is_continuous(node: fx.Node) -> bool:
+    """Whether a value has a derivative that could be stopped."""
+    value = node.meta["val"]
+    return not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex()
