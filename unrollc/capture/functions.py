@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.utils.checkpoint import CheckpointFunction
 
+from unrollc.capture.nests import is_continuous
 from unrollc.capture.record import Recorder
 from unrollc.capture.wrappers import run_checkpointed
 from unrollc.errors import CaptureError
@@ -150,7 +151,7 @@ def _apply_declared(cls: Any, recorder: Recorder, args: tuple[Any, ...]) -> Any:
 
 
 def _needs(args: tuple[Any, ...]) -> tuple[bool, ...]:
-    return tuple(isinstance(value, Tensor) and value.is_floating_point() for value in args)
+    return tuple(is_continuous(value) for value in args)
 
 
 def _fill(args: tuple[Any, ...], slots: list[int], tensors: tuple[Tensor, ...]) -> list[Any]:
@@ -183,7 +184,7 @@ def _attach(
     smooth = [
         index
         for index, value in enumerate(outputs)
-        if isinstance(value, Tensor) and value.is_floating_point() and id(value) not in fixed
+        if is_continuous(value) and id(value) not in fixed
     ]
     if not smooth:
         return outputs

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from unrollc.capture.functional import RecordedFunctionalization, from_functional
-from unrollc.capture.nests import map_tensors, tensors_in
+from unrollc.capture.nests import is_continuous, map_tensors, tensors_in
 from unrollc.capture.noise import as_noise
 from unrollc.capture.source import SourceFinder
 from unrollc.capture.strided import scatter_strided
@@ -205,7 +205,7 @@ class Recorder(TorchDispatchMode):
                     if node in self.concrete:
                         self.concrete[part] = self.concrete[node][index]
         if stop:
-            self._stopped.update(dict.fromkeys(n for n in made if _is_continuous(n)))
+            self._stopped.update(dict.fromkeys(n for n in made if _may_move(n)))
         return node
 
     def _transparent(self, func: Any, args: tuple[Any, ...], result: Any) -> fx.Node | None:
@@ -393,7 +393,6 @@ class Recorder(TorchDispatchMode):
             self.declaring = before
 
 
-def _is_continuous(node: fx.Node) -> bool:
+def _may_move(node: fx.Node) -> bool:
     """Whether a value has a derivative that could be stopped."""
-    value = node.meta["val"]
-    return not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex()
+    return any(is_continuous(tensor) for tensor in tensors_in(node.meta["val"]))

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from unrollc.capture.batches import Batches, read_train, read_val
 from unrollc.capture.fingerprint import Fingerprint
 from unrollc.capture.loop import known_scalars
+from unrollc.capture.nests import is_continuous
 from unrollc.capture.optimizer import Leaf
 from unrollc.capture.problem import (
     Objective,
@@ -237,7 +238,7 @@ def _inputs(lowered: Lowered, stock: Stock, train: Batches, val: Batches) -> dic
 def _check_finite(inputs: dict[str, Any], per_step: frozenset[str]) -> None:
     for label, value in inputs.items():
         for step, tensor in enumerate(value if label in per_step else [value]):
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            if is_continuous(tensor) and not bool(torch.isfinite(tensor).all()):
                 where = f" at step {step}" if label in per_step else ""
                 raise NonFiniteError(
                     f"{label} holds NaN or infinity{where}",
