@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.jit._fuser import optimized_execution
+from torch.jit._state import _python_cu
 from torch.utils import checkpoint
 
 from unrollc.capture.source import SourceFinder
@@ -29,11 +30,19 @@ def wrappers_undone(sources: SourceFinder) -> Iterator[None]:
         sources: Finds the user's line for errors.
     """
     with contextlib.ExitStack() as stack:
-        # The executor of scripted functions detaches what it has optimized from the trace.
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(optimized_execution(False))
+        _forget_optimized_scripts()
         for owner, name, replacement in _ROWS:
             stack.enter_context(_replaced(owner, name, replacement, sources))
         yield
+
+
+def _forget_optimized_scripts() -> None:
+    """Scripted functions are executed op by op: what has been optimized detaches its operands."""
+    scripts: Any = _python_cu
+    for function in scripts.get_functions():
+        function._debug_flush_compilation_cache()
 
 
 @contextlib.contextmanager
