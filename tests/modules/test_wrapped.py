@@ -40,7 +40,7 @@ def test_tied_weights() -> None:
 
 
 def test_a_module_that_is_used_twice() -> None:
-    """``functional_call``, of which the oracle is made, leaves such a model changed; ours does not."""
+    """``functional_call``, of which the oracle is made, leaves such a model changed."""
 
     def build() -> nn.Module:
         shared = nn.Linear(4, 4)

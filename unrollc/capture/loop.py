@@ -18,6 +18,7 @@ from torch import Tensor
 from unrollc.capture.assemble import Concretes, assemble_graph, closure_label, same_graph
 from unrollc.capture.attributes import Attributes, read_attributes
 from unrollc.capture.batches import Batches
+from unrollc.capture.model import captured
 from unrollc.capture.naming import Names
 from unrollc.capture.one_step import Kind, Shared, Start, StepRecording
 from unrollc.capture.optimizer import Layout
@@ -180,7 +181,12 @@ def _record(
     concrete: Mapping[str, Tensor],
     nonzero: frozenset[str],
 ) -> tuple[StepGraph, Kind]:
-    return recording().capture(train, step, concrete, nonzero)
+    def capture(compiling: bool) -> tuple[StepGraph, Kind]:
+        made = recording()
+        made.recorder.compiling = compiling
+        return made.capture(train, step, concrete, nonzero)
+
+    return captured(capture)
 
 
 def _check_per_step(stock: Stock, steps: int) -> None:

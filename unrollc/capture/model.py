@@ -7,11 +7,12 @@ import random
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch._functorch.eager_transforms import enable_inplace_requires_grad
+from torch.compiler import _compile_session_context
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.stateless import _reparametrize_module
@@ -22,11 +23,27 @@ from unrollc.capture.batches import as_arguments
 from unrollc.capture.functions import declared_functions
 from unrollc.capture.nests import map_tensors
 from unrollc.capture.problem import Loss, Objective, Problem, Stock
-from unrollc.capture.record import Recorder
+from unrollc.capture.record import ReadsDataError, Recorder
 from unrollc.capture.source import error_source
 from unrollc.capture.wrappers import wrappers_undone
 from unrollc.errors import CaptureError, UnrollcError
 from unrollc.step import Phase
+
+T = TypeVar("T")
+
+
+def captured(capture: Callable[[bool], T]) -> T:
+    """``capture(False)``; where that reads data, ``capture(True)``, as code that is compiled.
+
+    Libraries look into tensors for a short cut (is there any padding?) and leave that out where
+    `torch.compiler.is_compiling` says so. Where both ways fail, the first error counts.
+    """
+    try:
+        return capture(False)
+    except ReadsDataError:
+        with contextlib.suppress(CaptureError):
+            return capture(True)
+        raise
 
 
 def module_names(problem: Problem) -> dict[int, str]:
@@ -134,6 +151,9 @@ class _Substituted(TorchFunctionMode):
         if func is Tensor.__deepcopy__:  # of a parameter: a leaf of its own, which starts anew
             copied = args[1][id(args[0])] = replaced(args[0]).detach().clone()
             return copied
+        if func is F.scaled_dot_product_attention:  # whatever kernel the model asks for
+            with sdpa_kernel(SDPBackend.MATH):
+                return func(*map_tensors(replaced, args), **map_tensors(replaced, kwargs or {}))
         if func is F.one_hot:
             args, kwargs = map_tensors(replaced, args), map_tensors(replaced, kwargs or {})
             return _one_hot(func, *args, **kwargs)
@@ -177,6 +197,8 @@ def run_user_loss(
         originals = {**stock.theta, **stock.context, **stock.buffers}
         replacements = {id(t): tensors[label] for label, t in originals.items()}
         stack.enter_context(_Substituted(replacements, recorder))
+        if recorder.compiling:
+            stack.enter_context(_compile_session_context())
         # For torch.autograd.grad by a tensor that the loss marks with requires_grad_().
         stack.enter_context(enable_inplace_requires_grad(True))
         recorder.phase = Phase.FORWARD

@@ -16,7 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -51,6 +56,10 @@ class Guard:
     truth: bool
 
 
+class ReadsDataError(CaptureError):
+    """Python, or the shape of a value, depends on what is in a tensor."""
+
+
 class Recorder(TorchDispatchMode):
     """Writes ops on fake tensors into `graph`.
 
@@ -67,6 +76,7 @@ class Recorder(TorchDispatchMode):
             from outside would see a stale value.
         stale: Tensors that an earlier step left in attributes of modules, by id, with their names.
         sources: Finds the user's line.
+        compiling: Whether code that asks is told that it is being compiled (`model.captured`).
         nonzero: Labels of hyperparameters for which ``x != 0`` is answered with yes.
         zero_tests: Hyperparameters equal to zero that the code compared with zero.
     """
@@ -84,6 +94,7 @@ class Recorder(TorchDispatchMode):
         self.nonzero: frozenset[str] = frozenset()
         self.fast: dict[int, str] = {}
         self.stale: dict[int, str] = {}
+        self.compiling = False
         self.zero_tests: list[tuple[str, Source | None]] = []
         self.origin: fx.Node | None = None
         self.declaring = False
@@ -165,12 +176,26 @@ class Recorder(TorchDispatchMode):
                 return scatter_strided(*args, **kwargs)
         if torch.Tag.nondeterministic_seeded in func.tags:
             return self._draw(func, args, kwargs)
-        with self.fake_mode:
-            result = func(*args, **kwargs)
+        result = self._faked(func, args, kwargs)
         if not isinstance(result, Tensor) and not tensors_in(result):
             return result
         self._write(func, args, kwargs, result)
         return result
+
+    def _faked(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        try:
+            with self.fake_mode:
+                return func(*args, **kwargs)
+        except (DynamicOutputShapeException, DataDependentOutputException) as error:
+            raise ReadsDataError(
+                f"the shape of what {func} returns depends on the data",
+                where=self._line(),
+                why="indexing with a mask, nonzero() and unique() pick as many entries as there "
+                "happen to be, so one graph cannot stand for all inputs",
+                remedy="use torch.where or a product with the mask, or pick the entries before the "
+                "call and pass them in the batch (layers that pick often have a switch, such as "
+                "add_self_loops=False)",
+            ) from error
 
     def _write(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
@@ -309,7 +334,7 @@ class Recorder(TorchDispatchMode):
             if label in self.nonzero:
                 return node.target in (aten.ne.Scalar, aten.gt.Scalar)
         if node not in self.concrete:
-            raise CaptureError(
+            raise ReadsDataError(
                 "Python control flow or arithmetic depends on the data",
                 where=source,
                 why="the value of a tensor is read (if, float(), .item(), indexing), so one graph "

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from unrollc.capture.assemble import assemble, closure_label, concretes_of
 from unrollc.capture.batches import Batches
 from unrollc.capture.loop import Loop
-from unrollc.capture.model import capturing, explained, module_names, run_user_loss
+from unrollc.capture.model import captured, capturing, explained, module_names, run_user_loss
 from unrollc.capture.naming import Names
 from unrollc.capture.problem import Problem, Stock
 from unrollc.capture.record import Recorder
@@ -33,7 +33,14 @@ def capture_val(
         The graph, and `loop` with the tensors from outside that only the validation loss brings
         in, and with the values that it read from known scalars.
     """
+    return captured(lambda compiling: _recorded(problem, stock, val, loop, names, compiling))
+
+
+def _recorded(
+    problem: Problem, stock: Stock, val: Batches, loop: Loop, names: Names, compiling: bool
+) -> tuple[StepGraph, Loop]:
     recorder = Recorder(SourceFinder(module_names(problem)))
+    recorder.compiling = compiling
     recorder.fast = {id(tensor): label for label, tensor in stock.theta.items()}
     changing = {value.label for value, _ in loop.steps[0].inputs_with(Role.BUFFER)}
     groups = (
