@@ -18,6 +18,7 @@ _ORDER = (
     Role.THETA,
     Role.OPT_STATE,
     Role.BUFFER,
+    Role.AVERAGE,
     Role.HYPER,
     Role.CONTEXT,
     Role.CONSTANT,

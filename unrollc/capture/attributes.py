@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.overrides import TorchFunctionMode
 
 from unrollc.capture.fingerprint import MODULE_PARTS, Fingerprint
 from unrollc.capture.nests import map_tensors
@@ -151,16 +152,33 @@ def _check_registered(before: Attributes, after: Attributes) -> None:
                 )
 
 
-def check_fresh(tensors: Mapping[int, str], tensor: Tensor, sources: SourceFinder) -> None:
-    """Refuse a tensor that an earlier step left in an attribute."""
-    if id(tensor) in tensors:
-        raise CaptureError(
-            f"the attribute {tensors[id(tensor)]} carries a tensor from one inner step to the next",
-            where=sources.here(),
-            why="only parameters, optimizer state and buffers are carried; a plain attribute "
-            "would be frozen at its value of the first step",
-            remedy="register it with register_buffer, or set it to None before each forward",
-        )
+class Fresh(TorchFunctionMode):
+    """Refuses tensors that an earlier step left in attributes.
+
+    Args:
+        stale: These tensors by id, with the names of the attributes.
+        sources: Finds the user's line.
+    """
+
+    def __init__(self, stale: Mapping[int, str], sources: SourceFinder) -> None:
+        super().__init__()
+        self._stale, self._sources = stale, sources
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._stale:
+            map_tensors(self._check, (args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _check(self, tensor: Tensor) -> None:
+        if id(tensor) in self._stale:
+            raise CaptureError(
+                f"the attribute {self._stale[id(tensor)]} carries a tensor from one inner step to "
+                "the next",
+                where=self._sources.here(),
+                why="only parameters, optimizer state and buffers are carried; a plain attribute "
+                "would be frozen at its value of the first step",
+                remedy="register it with register_buffer, or set it to None before each forward",
+            )
 
 
 def _refill(container: Any, content: Any) -> None:

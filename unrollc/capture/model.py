@@ -18,12 +18,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.overrides import TorchFunctionMode
 
-from unrollc.capture.attributes import Attributes, Carried, attributes_carried, check_fresh
+from unrollc.capture.attributes import Attributes, Carried, Fresh, attributes_carried
 from unrollc.capture.batches import as_arguments
 from unrollc.capture.functions import declared_functions
 from unrollc.capture.nests import map_tensors
 from unrollc.capture.problem import Loss, Objective, Problem, Stock
-from unrollc.capture.record import ReadsDataError, Recorder
+from unrollc.capture.record import Recorder
+from unrollc.capture.refusals import ReadsDataError
 from unrollc.capture.source import error_source
 from unrollc.capture.wrappers import wrappers_undone
 from unrollc.errors import CaptureError, UnrollcError
@@ -136,14 +137,12 @@ class _Substituted(TorchFunctionMode):
     ``params = list(model.parameters())`` in a regulariser, which mean the fast weights too.
     """
 
-    def __init__(self, replacements: Mapping[int, Tensor], recorder: Recorder) -> None:
+    def __init__(self, replacements: Mapping[int, Tensor]) -> None:
         super().__init__()
         self._replacements = replacements
-        self._recorder = recorder
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         def replaced(tensor: Tensor) -> Tensor:
-            check_fresh(self._recorder.stale, tensor, self._recorder.sources)
             return self._replacements.get(id(tensor), tensor)
 
         if func == _DATA:  # torch.func records no stop-gradient for it
@@ -186,21 +185,13 @@ def run_user_loss(
         tensors: Replacements by label; buffers that the forward rebinds are updated in it.
         batch: ``(inputs, target)``, or what an objective takes.
     """
-    with contextlib.ExitStack() as stack:
-        for prefix, module in problem.modules.items():
-            own = {
-                label.removeprefix(prefix): tensor
-                for label, tensor in tensors.items()
-                if label.startswith(prefix)
-            }
-            stack.enter_context(_swapped(module, own, prefix, tensors))
-        originals = {**stock.theta, **stock.context, **stock.buffers}
-        replacements = {id(t): tensors[label] for label, t in originals.items()}
-        stack.enter_context(_Substituted(replacements, recorder))
+    with contextlib.ExitStack() as entered:
+        entered.enter_context(in_place_of_users(problem, stock, tensors))
+        entered.enter_context(Fresh(recorder.stale, recorder.sources))
         if recorder.compiling:
-            stack.enter_context(_compile_session_context())
+            entered.enter_context(_compile_session_context())
         # For torch.autograd.grad by a tensor that the loss marks with requires_grad_().
-        stack.enter_context(enable_inplace_requires_grad(True))
+        entered.enter_context(enable_inplace_requires_grad(True))
         recorder.phase = Phase.FORWARD
         if isinstance(loss, Objective):
             value = loss.fn(problem.model, batch)
@@ -213,9 +204,44 @@ def run_user_loss(
 
 
 @contextlib.contextmanager
-def _swapped(
+def in_place_of_users(problem: Problem, stock: Stock, tensors: dict[str, Tensor]) -> Iterator[None]:
+    """User code inside meets traced tensors wherever it reaches for its own.
+
+    Args:
+        problem: The user's objects.
+        stock: Their tensors.
+        tensors: Replacements by label; buffers that the code rebinds are updated in it.
+    """
+    with contextlib.ExitStack() as stack:
+        modules: dict[str, nn.Module] = dict(problem.modules)
+        if problem.average is not None:
+            modules[problem.average_prefix] = problem.average
+        for prefix, module in modules.items():
+            own = {
+                label.removeprefix(prefix): tensor
+                for label, tensor in tensors.items()
+                if label.startswith(prefix)
+            }
+            stack.enter_context(swapped(module, own, prefix, tensors))
+        originals = {**stock.theta, **stock.context, **stock.buffers, **stock.average}
+        known = {label: t for label, t in originals.items() if label in tensors}
+        replacements = {id(t): tensors[label] for label, t in known.items()}
+        stack.enter_context(_Substituted(replacements))
+        yield
+
+
+@contextlib.contextmanager
+def swapped(
     module: nn.Module, own: dict[str, Tensor], prefix: str, tensors: dict[str, Tensor]
 ) -> Iterator[None]:
+    """While traced tensors stand in a module.
+
+    Args:
+        module: The user's module.
+        own: The tensors by name.
+        prefix: What their labels start with.
+        tensors: Updated with those that code inside rebinds.
+    """
     names = {name for name, _ in module.named_parameters()} | {n for n, _ in module.named_buffers()}
     own = {name: tensor for name, tensor in own.items() if name in names}
     with _reparametrize_module(module, own, tie_weights=True):

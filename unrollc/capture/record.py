@@ -22,16 +22,17 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
-from torch._subclasses.functional_tensor import FunctionalTensor
+from torch._subclasses.functional_tensor import FunctionalTensor, disable_functional_mode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from unrollc.capture import refusals
 from unrollc.capture.functional import RecordedFunctionalization, from_functional
 from unrollc.capture.nests import is_continuous, map_tensors, tensors_in
 from unrollc.capture.noise import as_noise
 from unrollc.capture.source import SourceFinder
 from unrollc.capture.strided import scatter_strided
-from unrollc.errors import CaptureError, Source
+from unrollc.errors import Source
 from unrollc.step import ATTACH, Noise, Phase, placeholder
 
 aten = torch.ops.aten
@@ -56,10 +57,6 @@ class Guard:
     truth: bool
 
 
-class ReadsDataError(CaptureError):
-    """Python, or the shape of a value, depends on what is in a tensor."""
-
-
 class Recorder(TorchDispatchMode):
     """Writes ops on fake tensors into `graph`.
 
@@ -79,6 +76,8 @@ class Recorder(TorchDispatchMode):
         compiling: Whether code that asks is told that it is being compiled (`model.captured`).
         nonzero: Labels of hyperparameters for which ``x != 0`` is answered with yes.
         zero_tests: Hyperparameters equal to zero that the code compared with zero.
+        assumed: Answers given for `nonzero`; the graph is valid under the others as well.
+        networks_running: How many forwards of an optimizer's networks are on the stack.
     """
 
     def __init__(self, sources: SourceFinder, fake_mode: FakeTensorMode | None = None) -> None:
@@ -96,8 +95,10 @@ class Recorder(TorchDispatchMode):
         self.stale: dict[int, str] = {}
         self.compiling = False
         self.zero_tests: list[tuple[str, Source | None]] = []
+        self.assumed: list[Guard] = []
         self.origin: fx.Node | None = None
         self.declaring = False
+        self.networks_running = 0
         self.sources = sources
         self._nodes: dict[int, fx.Node] = {}
         self._alive: list[Tensor] = []
@@ -123,16 +124,31 @@ class Recorder(TorchDispatchMode):
         while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
             tensor = torch._C._functorch.get_unwrapped(tensor)
         if isinstance(tensor, FunctionalTensor):
-            tensor = from_functional(tensor)
+            with self._beneath_functionalization():
+                tensor = from_functional(tensor)
         return self._nodes.get(id(tensor))
+
+    @contextlib.contextmanager
+    def _beneath_functionalization(self) -> Iterator[None]:
+        """Where a view of what was written to is made anew, this is recorded too."""
+        key = torch._C._TorchDispatchModeKey.FUNCTIONAL
+        running = torch._C._get_dispatch_mode(key) is not None
+        with disable_functional_mode() if running else contextlib.nullcontext(), self:
+            yield
+
+    def is_known(self, tensor: Tensor) -> bool:
+        """Whether the value of `tensor` depends on known scalars alone."""
+        return self.node_of(tensor) in self.concrete
 
     def run(self, body: Callable[..., Any], inputs: Sequence[Tensor]) -> Any:
         """Record `body(*inputs)`; its tensors come back as fake ones (see `node_of`)."""
         mode = RecordedFunctionalization(self)
         excluded = torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize)
-        with torch._C._ExcludeDispatchKeyGuard(excluded), mode:
-            results = body(*(FunctionalTensor.to_functional(tensor) for tensor in inputs))
-            return pytree.tree_map_only(FunctionalTensor, from_functional, results)
+        with torch._C._ExcludeDispatchKeyGuard(excluded):
+            with mode:
+                results = body(*(FunctionalTensor.to_functional(tensor) for tensor in inputs))
+            with self._beneath_functionalization():
+                return pytree.tree_map_only(FunctionalTensor, from_functional, results)
 
     def _placeholder(self, name: str, fake: Tensor) -> fx.Node:
         first = next(iter(self.graph.nodes), None)
@@ -174,6 +190,9 @@ class Recorder(TorchDispatchMode):
         if func is aten.as_strided_scatter.default:
             with self:
                 return scatter_strided(*args, **kwargs)
+        if func._schema.name.startswith("aten::_foreach_"):
+            with self:  # its plain kernel, which runs one op a tensor
+                return func._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
         if torch.Tag.nondeterministic_seeded in func.tags:
             return self._draw(func, args, kwargs)
         result = self._faked(func, args, kwargs)
@@ -187,15 +206,7 @@ class Recorder(TorchDispatchMode):
             with self.fake_mode:
                 return func(*args, **kwargs)
         except (DynamicOutputShapeException, DataDependentOutputException) as error:
-            raise ReadsDataError(
-                f"the shape of what {func} returns depends on the data",
-                where=self._line(),
-                why="indexing with a mask, nonzero() and unique() pick as many entries as there "
-                "happen to be, so one graph cannot stand for all inputs",
-                remedy="use torch.where or a product with the mask, or pick the entries before the "
-                "call and pass them in the batch (layers that pick often have a switch, such as "
-                "add_self_loops=False)",
-            ) from error
+            raise refusals.shape_of_data(func, self._line()) from error
 
     def _write(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
@@ -208,7 +219,7 @@ class Recorder(TorchDispatchMode):
 
         def reference(tensor: Tensor) -> fx.Node:
             node = self._nodes[id(tensor)]
-            return node if stop else self._after_stop(node)
+            return node if stop else self.after_stop(node)
 
         node_args, node_kwargs = map_tensors(reference, (args, kwargs))
         node = self.graph.call_function(func, node_args, node_kwargs)
@@ -236,7 +247,8 @@ class Recorder(TorchDispatchMode):
     def _transparent(self, func: Any, args: tuple[Any, ...], result: Any) -> fx.Node | None:
         """The node whose value an op hands on: ``copy`` its source, an optimizer's ``detach``
         its argument (there it means "do not track", and the update is differentiated later)."""
-        if func is aten.detach.default and self.phase is Phase.UPDATE and self.origin is None:
+        untracked = self.phase is Phase.UPDATE and not self.networks_running
+        if func is aten.detach.default and untracked and self.origin is None:
             return self._nodes[id(args[0])]
         if func is aten.copy.default:
             source = args[1]
@@ -253,21 +265,9 @@ class Recorder(TorchDispatchMode):
                 return node.meta["val"]  # type: ignore[no-any-return]
         if isinstance(tensor, FakeTensor):
             assert self.origin is None, "a fake tensor of unknown origin reached the recorder"
-            raise CaptureError(
-                "the code uses a tensor that was computed in another step or another capture",
-                where=self._line(),
-                why="only parameters, optimizer state and buffers are carried from one inner step "
-                "to the next",
-                remedy="keep it in a buffer (register_buffer), or compute it anew in each step",
-            )
+            raise refusals.of_another_step(self._line())
         if id(tensor) in self.fast:
-            raise CaptureError(
-                f"the code reads {self.fast[id(tensor)]} behind the model's back",
-                where=self._line(),
-                why="the parameter is a fast weight; a reference from outside (an attribute of "
-                "the optimizer, say) would see its initial value at every step",
-                remedy="reach it through the model or through optimizer.param_groups",
-            )
+            raise refusals.behind_the_back(self.fast[id(tensor)], self._line())
         fake = self.input(f"lifted_{len(self.lifted)}", tensor)
         node = self._nodes[id(fake)]
         self.lifted.append((tensor, node))
@@ -286,12 +286,7 @@ class Recorder(TorchDispatchMode):
             like = func(*args, **kwargs)
         found = as_noise(func, args, kwargs, like)
         if found is None:
-            raise CaptureError(
-                f"the random op {func} cannot be captured",
-                where=self._line(),
-                why="its distribution depends on data in a way that is not known to unrollc",
-                remedy="draw the noise with torch.rand/randn/bernoulli and transform it",
-            )
+            raise refusals.unknown_noise(func, self._line())
         noise, finish = found
         example = torch.empty(noise.shape, dtype=noise.dtype, device="meta")
         with self.fake_mode:
@@ -332,15 +327,9 @@ class Recorder(TorchDispatchMode):
         if (label := self._zero_tested(node)) is not None:
             self.zero_tests.append((label, source))
             if label in self.nonzero:
-                return node.target in (aten.ne.Scalar, aten.gt.Scalar)
+                return self._as_if_positive(node, source)
         if node not in self.concrete:
-            raise ReadsDataError(
-                "Python control flow or arithmetic depends on the data",
-                where=source,
-                why="the value of a tensor is read (if, float(), .item(), indexing), so one graph "
-                "cannot stand for all inputs",
-                remedy="use torch.where or tensor arithmetic instead of reading the value",
-            )
+            raise refusals.value_of_data(source)
         value = self.concrete[node].item()
         self.guards.append(Guard(node, value, source, truth=isinstance(value, bool)))
         return value
@@ -357,6 +346,20 @@ class Recorder(TorchDispatchMode):
         if tested.op != "placeholder" or len(labels) != 1 or tested not in self.concrete:
             return None
         return str(labels[0]) if not self.concrete[tested].any() else None
+
+    def _as_if_positive(self, test: fx.Node, source: Source | None) -> bool:
+        """The answer of a test ``x != 0`` or ``x > 0`` for a positive x.
+
+        It stays so as long as x is not negative, which is guarded where the answer would change.
+        """
+        if test.target in (aten.gt.Scalar, aten.le.Scalar):
+            tested: Any = test.args[0]
+            negative = self.graph.call_function(aten.lt.Scalar, (tested, 0))
+            self.concrete[negative] = self.concrete[tested] < 0
+            self.guards.append(Guard(negative, False, source, truth=True))
+        answer = test.target in (aten.ne.Scalar, aten.gt.Scalar)
+        self.assumed.append(Guard(test, answer, source, truth=True))
+        return answer
 
     # -- lines and stopped gradients ----------------------------------------------------------
 
@@ -375,15 +378,19 @@ class Recorder(TorchDispatchMode):
         return source
 
     def stops_gradient(self) -> bool:
-        """Whether the user's ``no_grad`` is on in forward or loss: a stop-gradient."""
+        """Whether the user's ``no_grad`` is on in forward or loss: a stop-gradient.
+
+        So it is in the forward of a network that the optimizer runs, not in its step around it.
+        """
+        network = self.phase is Phase.UPDATE and self.networks_running > 0
         return (
-            self.phase in (Phase.FORWARD, Phase.LOSS)
+            (self.phase in (Phase.FORWARD, Phase.LOSS) or network)
             and self.origin is None
             and not self.declaring
             and not torch.is_grad_enabled()
         )
 
-    def _after_stop(self, node: fx.Node) -> fx.Node:
+    def after_stop(self, node: fx.Node) -> fx.Node:
         """`node`, behind a ``detach`` of its line where it was computed under ``no_grad``."""
         if node not in self._stopped:
             return node
@@ -403,7 +410,7 @@ class Recorder(TorchDispatchMode):
         if before is None or after is None or after is before or after not in self._stopped:
             return
         source = self._line()
-        history = self._after_stop(before)
+        history = self.after_stop(before)
         kept = self.graph.call_function(ATTACH, (after, history))
         kept.meta.update(phase=self.phase, source=source, val=after.meta["val"])
         self._stopped[after] = kept
