@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor, fx
 
@@ -140,7 +140,8 @@ def capture(
     requested = frozenset(m.label for m in early if m.role is Role.HYPER)
     loop = capture_loop(problem, stock, train, extra, requested, names)
     settle_singularities(loop.steps)
-    graph, lifted = capture_val(problem, stock, val, loop, names)
+    graph, loop = capture_val(problem, stock, val, loop, names)
+    lifted = loop.lifted
     known = candidates(stock, train, val, lifted)
     meta = resolve_meta(options, known, train.steps, complete=True)
     requirements = check_requirements(
@@ -152,7 +153,7 @@ def capture(
         ids=labels_by_tensor(known),
         values=_present_values(stock, lifted),
     )
-    return Captured(replace(loop, lifted=lifted), graph, lifted, tuple(meta), requirements)
+    return Captured(loop, graph, lifted, tuple(meta), requirements)
 
 
 def _present_values(stock: Stock, lifted: dict[str, Tensor]) -> dict[tuple[Role, str], Tensor]:
