@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from unrollc.capture.foreach import ForeachAsLoops
 from unrollc.capture.gradients import unchanged
 from unrollc.capture.model import in_place_of_users, swapped
 from unrollc.capture.outside import NoOutsideWrites
@@ -84,6 +85,7 @@ def run_user_average(
         NoOutsideWrites(recorder),
         in_place_of_users(problem, stock, tensors),
         swapped(problem.average, own, prefix, after),
+        ForeachAsLoops(),
         ScalarSlots(recorder),
         torch.no_grad(),
     ):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from unrollc.capture.fingerprint import Fingerprint
+from unrollc.capture.foreach import ForeachAsLoops
 from unrollc.capture.model import in_place_of_users
 from unrollc.capture.outside import NoOutsideWrites
 from unrollc.capture.problem import Problem, Stock
@@ -57,6 +58,7 @@ def run_user_transform(
         unchanged(problem.grad_transform, "grad_transform"),
         NoOutsideWrites(recorder),
         in_place_of_users(problem, stock, tensors),
+        ForeachAsLoops(),
         ScalarSlots(recorder),
         torch.no_grad(),
     ):

@@ -190,9 +190,6 @@ class Recorder(TorchDispatchMode):
         if func is aten.as_strided_scatter.default:
             with self:
                 return scatter_strided(*args, **kwargs)
-        if func._schema.name.startswith("aten::_foreach_"):
-            with self:  # its plain kernel, which runs one op a tensor
-                return func._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
         if torch.Tag.nondeterministic_seeded in func.tags:
             return self._draw(func, args, kwargs)
         result = self._faked(func, args, kwargs)
