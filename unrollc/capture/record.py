@@ -378,16 +378,10 @@ class Recorder(TorchDispatchMode):
         return source
 
     def stops_gradient(self) -> bool:
-        """Whether the user's ``no_grad`` is on in forward or loss: a stop-gradient.
-
-        So it is in the forward of a network that the optimizer runs, not in its step around it.
-        """
-        network = self.phase is Phase.UPDATE and self.networks_running > 0
+        """Whether the user's ``no_grad`` is on in model, loss or a network: a stop-gradient."""
+        authored = self.phase in (Phase.FORWARD, Phase.LOSS) or self.networks_running > 0
         return (
-            (self.phase in (Phase.FORWARD, Phase.LOSS) or network)
-            and self.origin is None
-            and not self.declaring
-            and not torch.is_grad_enabled()
+            authored and self.origin is None and not self.declaring and not torch.is_grad_enabled()
         )
 
     def after_stop(self, node: fx.Node) -> fx.Node:
