@@ -19,6 +19,7 @@ from torch import Tensor
 from unrollc.capture.assemble import Concretes, assemble_graph, closure_label, same_graph
 from unrollc.capture.attributes import Attributes, read_attributes
 from unrollc.capture.batches import Batches
+from unrollc.capture.garbage import collection_paused
 from unrollc.capture.layout import Layout, Manner, changed_numbers
 from unrollc.capture.model import captured
 from unrollc.capture.naming import Names
@@ -108,6 +109,7 @@ def _counts(stock: Stock) -> dict[str, Tensor]:
     return {k: t for k, t in stock.average.items() if not t.is_floating_point()}
 
 
+@collection_paused()
 def capture_loop(
     problem: Problem,
     stock: Stock,
@@ -195,10 +197,7 @@ def _capture_with(
             graph, kind = through_zero_branch(record, requested, stock, train.at(step))
             if found := changed_numbers(kind.before, kind.after):
                 return found
-            index = next((i for i, old in enumerate(raw) if same_graph(old, graph)), len(raw))
-            if index == len(raw):
-                raw.append(graph)
-            kinds.append(replace(kind, graph=index, batch=batch))
+            kinds.append(replace(kind, graph=_numbered(raw, graph), batch=batch))
             chosen = len(kinds) - 1
         kind = kinds[chosen]
         sequence.append(chosen)
@@ -223,6 +222,14 @@ def _capture_with(
         known=known,
         manner=shared.manner,
     )
+
+
+def _numbered(known: list[StepGraph], graph: StepGraph) -> int:
+    """The index of a graph among those known, to which it is added if it is new."""
+    index = next((i for i, old in enumerate(known) if same_graph(old, graph)), len(known))
+    if index == len(known):
+        known.append(graph)
+    return index
 
 
 def _record(

@@ -174,20 +174,7 @@ class StepRecording:
             self._input(role, label, tensor, concrete.get(label))
             for role, label, tensor in self._examples(train, step)
         ]
-        labels = [value.label for value in self.values]
-
-        def run_user_step(*tensors: Tensor) -> dict[str, Any]:
-            return self._step(dict(zip(labels, tensors, strict=True)), train)
-
-        try:
-            with (
-                capturing(self.problem, recorder, self.attributes) as carried,
-                explained("the inner step"),
-            ):
-                results = recorder.run(run_user_step, inputs)
-        except CaptureError as error:
-            error.in_update = recorder.phase is Phase.UPDATE
-            raise
+        results, carried = self._run(inputs, train)
         after: Layout = results["layout"]
         state_after: dict[str, Tensor] = results["state"]
         outputs = self._outputs(results)
@@ -222,6 +209,23 @@ class StepRecording:
             attributes=carried,
         )
         return graph, kind
+
+    def _run(self, inputs: list[Tensor], train: Batches) -> tuple[dict[str, Any], Carried]:
+        """What the step returns on traced inputs, and the attributes around it."""
+        labels = [value.label for value in self.values]
+
+        def run_user_step(*tensors: Tensor) -> dict[str, Any]:
+            return self._step(dict(zip(labels, tensors, strict=True)), train)
+
+        try:
+            with (
+                capturing(self.problem, self.recorder, self.attributes) as carried,
+                explained("the inner step"),
+            ):
+                return self.recorder.run(run_user_step, inputs), carried
+        except CaptureError as error:
+            error.in_update = self.recorder.phase is Phase.UPDATE
+            raise
 
     def _name_lifted(self) -> None:
         """Let `tuned_by` find the closure tensors that a known scalar depends on."""

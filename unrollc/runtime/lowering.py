@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from unrollc.capture.assemble import assemble_graph
 from unrollc.capture.batches import Batches
+from unrollc.capture.garbage import collection_paused
 from unrollc.capture.loop import Loop, capture_loop
 from unrollc.capture.model import explained
 from unrollc.capture.naming import Names
@@ -108,6 +109,7 @@ class Captured:
     requirements: Requirements
 
 
+@collection_paused()
 def check(
     problem: Problem, options: Options, stock: Stock, train: Batches, val: Batches
 ) -> Requirements:
@@ -166,6 +168,7 @@ def _present_values(stock: Stock, lifted: dict[str, Tensor]) -> dict[tuple[Role,
     }
 
 
+@collection_paused()
 def lower(
     problem: Problem,
     options: Options,
