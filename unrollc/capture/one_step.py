@@ -31,7 +31,7 @@ from unrollc.capture.problem import PerStep, Problem, Stock
 from unrollc.capture.record import Recorder
 from unrollc.capture.source import SourceFinder
 from unrollc.capture.step_hooks import step_hooks
-from unrollc.errors import CaptureError, Source
+from unrollc.errors import Source
 from unrollc.step import STATE_ROLES, Phase, Role, StepGraph, Value
 
 
@@ -179,15 +179,11 @@ class StepRecording:
         def run_user_step(*tensors: Tensor) -> dict[str, Any]:
             return self._step(dict(zip(labels, tensors, strict=True)), train)
 
-        try:
-            with (
-                capturing(self.problem, recorder, self.attributes) as carried,
-                explained("the inner step"),
-            ):
-                results = recorder.run(run_user_step, inputs)
-        except CaptureError as error:
-            error.in_update = recorder.phase is Phase.UPDATE
-            raise
+        with (
+            capturing(self.problem, recorder, self.attributes) as carried,
+            explained("the inner step"),
+        ):
+            results = recorder.run(run_user_step, inputs)
         after: Layout = results["layout"]
         state_after: dict[str, Tensor] = results["state"]
         outputs = self._outputs(results)
