@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 from unrollc.capture.foreach import ForeachAsLoops
 from unrollc.capture.gradients import unchanged
 from unrollc.capture.model import in_place_of_users, swapped
+from unrollc.capture.numbers import numbers_stay_tensors
 from unrollc.capture.outside import NoOutsideWrites
 from unrollc.capture.problem import Problem, Stock
 from unrollc.capture.record import Recorder
@@ -87,6 +88,7 @@ def run_user_average(
         swapped(problem.average, own, prefix, after),
         ForeachAsLoops(),
         ScalarSlots(recorder),
+        numbers_stay_tensors(recorder, (), ()),
         torch.no_grad(),
     ):
         problem.average.update_parameters(problem.model)

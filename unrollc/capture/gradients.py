@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from unrollc.capture.fingerprint import Fingerprint
 from unrollc.capture.foreach import ForeachAsLoops
 from unrollc.capture.model import in_place_of_users
+from unrollc.capture.numbers import numbers_stay_tensors
 from unrollc.capture.outside import NoOutsideWrites
 from unrollc.capture.problem import Problem, Stock
 from unrollc.capture.record import Recorder
@@ -60,6 +61,7 @@ def run_user_transform(
         in_place_of_users(problem, stock, tensors),
         ForeachAsLoops(),
         ScalarSlots(recorder),
+        numbers_stay_tensors(recorder, (), ()),
         torch.no_grad(),
     ):
         problem.grad_transform(handed)

@@ -136,9 +136,10 @@ def capture_loop(
     try:
         return _capture_in(Manner(), problem, stock, train, extra, requested, names)
     except CaptureError as error:
-        if error.in_update:
+        manner = Manner(foreach=True)
+        chooses = read_again(problem, stock, manner).layout != stock.layout
+        if error.in_update and chooses:
             with contextlib.suppress(CaptureError):  # the plain path's error is the one to read
-                manner = Manner(foreach=True)
                 return _capture_in(manner, problem, stock, train, extra, requested, names)
         raise
 

@@ -31,7 +31,7 @@ from unrollc.capture.problem import PerStep, Problem, Stock
 from unrollc.capture.record import Recorder
 from unrollc.capture.source import SourceFinder
 from unrollc.capture.step_hooks import step_hooks
-from unrollc.errors import CaptureError, Source
+from unrollc.errors import Source
 from unrollc.step import STATE_ROLES, Phase, Role, StepGraph, Value
 
 

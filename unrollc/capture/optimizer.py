@@ -15,6 +15,7 @@ from torch import Tensor
 
 from unrollc.capture.foreach import ForeachAsLoops
 from unrollc.capture.layout import Layout, Manner, build_twin, read_layout
+from unrollc.capture.model import explained
 from unrollc.capture.numbers import numbers_stay_tensors
 from unrollc.capture.record import Recorder
 from unrollc.capture.scalars import ScalarSlots
@@ -65,7 +66,12 @@ def run_user_update(
         torch.no_grad(),
     ):
         nodes = {label: recorder.node_of(tensor) for label, tensor in own.items()}
-        type(opt).step(twin)
+        try:
+            with explained("the inner step"):
+                type(opt).step(twin)
+        except CaptureError as error:
+            error.in_update = True
+            raise
         for label, tensor in own.items():
             if recorder.node_of(tensor) is not nodes[label]:
                 raise CaptureError(
