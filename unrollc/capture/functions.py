@@ -66,6 +66,13 @@ def declared_functions(recorder: Recorder) -> Iterator[None]:
     has_setup = _autograd_function._is_setup_context_defined
 
     def call(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if cls.__module__ == "torch.nn.modules._functions":
+            raise CaptureError(
+                f"{cls.__name__} is computed and differentiated by hand in PyTorch",
+                where=recorder._sources.here(),
+                why="it writes into tensors that it makes, and its backward has no derivative",
+                remedy="use a module that is made of differentiable ops",
+            )
         if cls.__module__.startswith("torch.") or issubclass(cls, _Declared):
             return original(cls, *args, **kwargs)
         return _apply_declared(cls, recorder, args)

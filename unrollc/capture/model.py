@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.overrides import TorchFunctionMode
 
 from unrollc.capture.batches import as_arguments
+from unrollc.capture.equivalents import equivalent
 from unrollc.capture.functions import declared_functions
 from unrollc.capture.nests import map_tensors
 from unrollc.capture.problem import Loss, Objective, Problem, Stock
@@ -136,18 +136,8 @@ class _Substituted(TorchFunctionMode):
 
         if func == _DATA:  # torch.func records no stop-gradient for it
             return replaced(args[0]).detach()
-        if func is F.one_hot:
-            args, kwargs = map_tensors(replaced, args), map_tensors(replaced, kwargs or {})
-            return _one_hot(func, *args, **kwargs)
-        return func(*map_tensors(replaced, args), **map_tensors(replaced, kwargs or {}))
-
-
-def _one_hot(func: Any, tensor: Tensor, num_classes: int = -1) -> Tensor:
-    """``F.one_hot`` by ops that read no value; a class out of range is an error of ``scatter``."""
-    if num_classes <= 0:
-        return func(tensor, num_classes)  # type: ignore[no-any-return]
-    zeros = tensor.new_zeros((*tensor.shape, num_classes))
-    return zeros.scatter(-1, tensor.unsqueeze(-1), 1)
+        stands = equivalent(func) or func
+        return stands(*map_tensors(replaced, args), **map_tensors(replaced, kwargs or {}))
 
 
 def run_user_loss(

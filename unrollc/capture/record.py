@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from unrollc.capture.functionalize import RecordedFunctionalization, from_functional
 from unrollc.capture.nests import map_tensors, tensors_in
 from unrollc.capture.noise import as_noise
 from unrollc.capture.source import SourceFinder
@@ -108,16 +109,16 @@ class Recorder(TorchDispatchMode):
         while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
             tensor = torch._C._functorch.get_unwrapped(tensor)
         if isinstance(tensor, FunctionalTensor):
-            tensor = _from_functional(tensor)
+            tensor = from_functional(tensor)
         return self._nodes.get(id(tensor))
 
     def run(self, body: Callable[..., Any], inputs: Sequence[Tensor]) -> Any:
         """Record `body(*inputs)`; its tensors come back as fake ones (see `node_of`)."""
-        mode = _RecordedFunctionalization(self)
+        mode = RecordedFunctionalization(self)
         excluded = torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize)
         with torch._C._ExcludeDispatchKeyGuard(excluded), mode:
             results = body(*(FunctionalTensor.to_functional(tensor) for tensor in inputs))
-            return pytree.tree_map_only(FunctionalTensor, _from_functional, results)
+            return pytree.tree_map_only(FunctionalTensor, from_functional, results)
 
     def _placeholder(self, name: str, fake: Tensor) -> fx.Node:
         first = next(iter(self.graph.nodes), None)
@@ -380,29 +381,3 @@ class Recorder(TorchDispatchMode):
             yield
         finally:
             self.declaring = before
-
-
-class _RecordedFunctionalization(FunctionalTensorMode):
-    """Functionalization whose pure ops go to the recorder."""
-
-    def __init__(self, recorder: Recorder) -> None:
-        super().__init__()
-        self._recorder = recorder
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is aten._linalg_check_errors.default:
-            return None  # reads an error code; there is none at capture
-        recorder = self._recorder
-        if func._schema.is_mutable and args and recorder.stops_gradient():
-            before = recorder.node_of(args[0])
-            with recorder:
-                result = super().__torch_dispatch__(func, types, args, kwargs)
-                recorder.keep_history(args[0], before)
-            return result
-        with recorder:
-            return super().__torch_dispatch__(func, types, args, kwargs)
-
-
-def _from_functional(tensor: FunctionalTensor) -> Tensor:
-    torch._sync(tensor)  # type: ignore[attr-defined, no-untyped-call]
-    return torch._from_functional_tensor(tensor.elem)
