@@ -7,6 +7,7 @@ the meta-gradient with respect to these initial values passes through the module
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,9 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
+
+#: Why eager double backward is no oracle for some modules.
+NO_SECOND = "eager PyTorch has no second derivative"
 
 #: T, the number of inner steps.
 STEPS = 3
@@ -252,7 +256,5 @@ def setup(case: Case) -> Setup:
 
 def _output(model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
     """What the model returns, on a copy: a forward may move buffers."""
-    import copy
-
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         return outputs(copy.deepcopy(model)(*batch))

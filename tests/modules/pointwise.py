@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from tests.modules.case import Calling, Case, layer, positive
+from tests.modules.case import NO_SECOND, Calling, Case, layer
 
 
 def _plain(names: str) -> list[Case]:
@@ -18,9 +19,10 @@ def _plain(names: str) -> list[Case]:
 
 ACTIVATIONS = [
     *_plain(
-        "CELU ELU GELU Hardshrink Hardsigmoid Hardswish Hardtanh LeakyReLU LogSigmoid Mish PReLU "
+        "CELU ELU GELU Hardshrink Hardswish Hardtanh LeakyReLU LogSigmoid Mish PReLU "
         "ReLU ReLU6 SELU SiLU Sigmoid Softplus Softshrink Softsign Tanh Tanhshrink"
     ),
+    layer("Hardsigmoid", "", nn.Hardsigmoid, finite=NO_SECOND),
     layer("GELU", "approximate='tanh'", lambda: nn.GELU("tanh")),
     layer("ELU", "alpha=0.5, inplace", lambda: nn.ELU(0.5, inplace=True)),
     layer("ReLU", "inplace", lambda: nn.ReLU(inplace=True)),
@@ -39,7 +41,6 @@ ACTIVATIONS = [
 DROPOUT = [
     layer("Dropout", "training", lambda: nn.Dropout(0.4), (3, 4), noisy=True),
     layer("Dropout", "inplace", lambda: nn.Dropout(0.4, inplace=True), (3, 4), noisy=True),
-    layer("Dropout", "p=1", lambda: nn.Sequential(nn.Dropout(1.0), nn.Linear(3, 2))),
     layer("Dropout", "evaluation", nn.Dropout, evaluating=True),
     layer("Dropout1d", "training", lambda: nn.Dropout1d(0.4), (2, 3, 2), noisy=True),
     layer("Dropout2d", "training", lambda: nn.Dropout2d(0.4), (2, 3, 2, 1), noisy=True),
@@ -65,17 +66,18 @@ LINEAR = [
     layer(
         "PairwiseDistance", "p=3", lambda: nn.PairwiseDistance(3.0, keepdim=True), (2, 3), (2, 3)
     ),
-    layer("cdist", "p=2", lambda: Calling(torch.cdist), (2, 3), (3, 3)),
-    layer("cdist", "p=1", lambda: Calling(lambda a, b: torch.cdist(a, b, 1.0)), (2, 3), (3, 3)),
-    layer("cdist", "p=3", lambda: Calling(lambda a, b: torch.cdist(a, b, 3.0)), (2, 3), (3, 3)),
-    layer(
-        "cdist",
-        "p=inf",
-        lambda: Calling(lambda a, b: torch.cdist(a, b, float("inf"))),
-        (2, 3),
-        (3, 3),
-    ),
-    layer("pdist", "", lambda: Calling(nn.functional.pdist), (3, 3)),
+    *[
+        layer(
+            "torch.cdist",
+            f"p={p:g}",
+            lambda p=p: Calling(lambda a, b: torch.cdist(a, b, p)),
+            (2, 3),
+            (3, 3),
+            finite=NO_SECOND,
+        )
+        for p in (1.0, 2.0, 3.0, float("inf"))
+    ],
+    layer("F.pdist", "", lambda: Calling(F.pdist), (3, 3), finite=NO_SECOND),
 ]
 
 SHAPES = [
@@ -157,5 +159,4 @@ CONTAINERS = [
     layer("DataParallel", "no device", lambda: nn.DataParallel(nn.Linear(3, 2))),
 ]
 
-_ = positive
 CASES = [*ACTIVATIONS, *DROPOUT, *LINEAR, *SHAPES, *CONTAINERS]

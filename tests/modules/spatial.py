@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -130,7 +129,7 @@ RESIZING = [
     *[
         layer(
             "Upsample",
-            f"mode='{mode}', {d} dimension{'s' if d > 1 else ''}{', align_corners' if aligned else ''}",
+            f"mode='{mode}', {d}d{', align_corners' if aligned else ''}",
             lambda mode=mode, aligned=aligned: nn.Upsample(
                 scale_factor=1.5, mode=mode, align_corners=aligned
             ),
@@ -154,8 +153,8 @@ RESIZING = [
     layer("UpsamplingBilinear2d", "", lambda: nn.UpsamplingBilinear2d(size=(3, 4)), (1, 1, 2, 3)),
     *[
         layer(
-            "interpolate",
-            f"mode='{mode}', {d} dimension{'s' if d > 1 else ''}{', antialias' if smooth else ''}",
+            "F.interpolate",
+            f"mode='{mode}', {d}d{', antialias' if smooth else ''}",
             lambda mode=mode, d=d, smooth=smooth: Calling(
                 lambda x: F.interpolate(x, size=(3, 2, 3)[:d], mode=mode, antialias=smooth)
             ),
@@ -189,8 +188,8 @@ def _warped(mode: str, padding: str, d: int) -> Callable[[], nn.Module]:
 
 SAMPLING = [
     layer(
-        "grid_sample",
-        f"mode='{mode}', padding_mode='{padding}', {d} dimensions, grid by affine_grid",
+        "F.grid_sample",
+        f"mode='{mode}', padding_mode='{padding}', {d}d, grid by affine_grid",
         _warped(mode, padding, d),
         (1, 1, *(4, 3, 3)[:d]),
         positive(d, d + 1),
@@ -206,12 +205,11 @@ SAMPLING = [
     ]
 ] + [
     layer(
-        "affine_grid",
+        "F.affine_grid",
         "",
         lambda: Calling(lambda t: F.affine_grid(t, [1, 1, 2, 3], align_corners=True)),
         (1, 2, 3),
     ),
 ]
 
-_ = torch
 CASES = [*CONVOLUTIONS, *PADDING, *POOLING, *RESIZING, *SAMPLING]

@@ -64,10 +64,18 @@ def _embedding_bag(
     """Rows of an embedding, summed, averaged or maximised within bags."""
     if sparse:
         _refuse_sparse("embedding_bag")
+    if scale_grad_by_freq:
+        raise CaptureError(
+            "embedding_bag(scale_grad_by_freq=True) has no right gradient in PyTorch",
+            where=SourceFinder({}).here(),
+            why="on the CPU it divides a row's gradient by the frequency of another row (seen on "
+            "torch 2.13)",
+            remedy="use nn.Embedding(scale_grad_by_freq=True) and reduce its rows",
+        )
     if mode not in ("sum", "mean", "max") or (per_sample_weights is not None and mode != "sum"):
         raise ValueError(f"embedding_bag: mode {mode!r} with these arguments is not defined")
     # Not F.embedding's own padding_idx: it only stops the gradient, here the row does not count.
-    rows = F.embedding(input, weight, None, max_norm, norm_type, scale_grad_by_freq)
+    rows = F.embedding(input, weight, None, max_norm, norm_type)
     counted = torch.ones_like(input, dtype=torch.bool)
     if padding_idx is not None:
         counted = input != padding_idx % weight.shape[0]
@@ -96,13 +104,32 @@ def _reduced(rows: Tensor, inside: Tensor, mode: str) -> Tensor:
     return total / inside.sum(1).clamp(min=1) if mode == "mean" else total
 
 
+def _rrelu(
+    input: Tensor,
+    lower: float = 1.0 / 8,
+    upper: float = 1.0 / 3,
+    training: bool = False,
+    inplace: bool = False,
+) -> Tensor:
+    slopes: Any = (lower + upper) / 2
+    if training:
+        slopes = torch.empty_like(input).uniform_(lower, upper)
+    result = torch.where(input > 0, input, input * slopes)
+    return input.copy_(result) if inplace else result
+
+
 def _cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str | None = None) -> Tensor:
-    return torch.linalg.vector_norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), p, dim=-1)
+    return _norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), p)
 
 
 def _pdist(input: Tensor, p: float = 2.0) -> Tensor:
     first, second = torch.triu_indices(input.shape[0], input.shape[0], 1, device=input.device)
-    return torch.linalg.vector_norm(input[first] - input[second], p, dim=-1)
+    return _norm(input[first] - input[second], p)
+
+
+def _norm(x: Tensor, p: float) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(x, p, dim=-1)
+    return norms
 
 
 def _multi_margin_loss(
@@ -183,6 +210,7 @@ _ROWS: dict[Any, Callable[..., Any]] = {
     F.one_hot: _one_hot,  # looks for the largest class, also where the number of classes is given
     F.embedding: _embedding,  # a sparse gradient has no place in a graph
     F.embedding_bag: _embedding_bag,  # no second derivative
+    F.rrelu: _rrelu,  # draws only where the input is negative
     torch.cdist: _cdist,  # no second derivative
     F.pdist: _pdist,  # no second derivative
     F.multi_margin_loss: _multi_margin_loss,  # no second derivative

@@ -16,7 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -162,12 +167,25 @@ class Recorder(TorchDispatchMode):
                 return scatter_strided(*args, **kwargs)
         if torch.Tag.nondeterministic_seeded in func.tags:
             return self._draw(func, args, kwargs)
-        with self.fake_mode:
-            result = func(*args, **kwargs)
+        result = self._run_fake(func, args, kwargs)
         if not isinstance(result, Tensor) and not tensors_in(result):
             return result
         self._write(func, args, kwargs, result)
         return result
+
+    def _run_fake(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        try:
+            with self.fake_mode:
+                return func(*args, **kwargs)
+        except (DynamicOutputShapeException, DataDependentOutputException) as error:
+            name = func._schema.name.split("::")[-1]
+            raise CaptureError(
+                f"the shape of the result of {name} depends on the data",
+                where=self._line(),
+                why="one graph cannot stand for inputs that give results of other shapes",
+                remedy="keep the shape: select with torch.where, masked_fill or a sum weighted by "
+                "a mask",
+            ) from error
 
     def _write(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any

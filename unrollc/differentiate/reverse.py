@@ -106,17 +106,23 @@ _MISSING = re.compile(r"derivative for '?(?:aten::)?(\w+?)'? is not implemented"
 def _explain_missing(error: Exception, replay: Replay) -> None:
     """Raise a `CaptureError` at the user's line where an op without a derivative is in the way."""
     match = _MISSING.search(str(error))
-    for node in replay.values if match else ():
-        name = getattr(getattr(node.target, "_schema", None), "name", "")
-        if match and name == f"aten::{match[1]}":
-            raise CaptureError(
-                f"{match[1]} has no derivative in PyTorch",
-                where=node.meta.get("source"),
-                why="the meta-gradient differentiates every op of the inner step, those of its "
-                "gradient included",
-                remedy="replace the op by others that have a (second) derivative, or leave the "
-                "meta-parameters that need it out of meta=",
-            ) from error
+    if match is None:
+        return
+    name = match[1]
+    sources = [
+        node.meta.get("source")
+        for sought in (name, name.removesuffix("_backward"))
+        for node in replay.values
+        if getattr(getattr(node.target, "_schema", None), "name", "") == f"aten::{sought}"
+    ]
+    raise CaptureError(
+        f"{name} has no derivative in PyTorch",
+        where=next((source for source in sources if source is not None), None),
+        why="the meta-gradient differentiates every op of the inner step, those of its gradient "
+        "included",
+        remedy="replace the op by others that have a (second) derivative, or leave the "
+        "meta-parameters that need it out of meta=",
+    ) from error
 
 
 def loss_gradient(graph: StepGraph, wanted: frozenset[Key]) -> StepGraph:
