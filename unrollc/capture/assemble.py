@@ -172,7 +172,7 @@ class Slice:
 
 @dataclass(frozen=True)
 class Concretes:
-    """What capture took from known scalars, as a function of them.
+    """What capture took from known scalars and from lengths in the data, as a function of them.
 
     Attributes:
         guards: The values that Python saw.
@@ -181,21 +181,37 @@ class Concretes:
         counted: Computes these.
     """
 
-    guards: tuple[float | int | bool, ...]
+    guards: tuple[float | int | bool | list[int], ...]
     guarded: Slice
     counters: tuple[str, ...]
     counted: Slice
+
+    @property
+    def reads(self) -> set[str]:
+        """Labels of all that the guards and counters depend on."""
+        return {*self.guarded.inputs, *self.counted.inputs}
 
     def accept(self, concrete: Mapping[str, Tensor]) -> bool:
         """Whether Python would see the same values under `concrete`."""
         if any(label not in concrete for label in self.guarded.inputs):
             return False
         seen = self.guarded.run(concrete)
-        return all(s.item() == g for s, g in zip(seen, self.guards, strict=True))
+        return all(s.tolist() == g for s, g in zip(seen, self.guards, strict=True))
 
     def advance(self, concrete: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The counters after the step."""
         return dict(zip(self.counters, self.counted.run(concrete), strict=True))
+
+
+def labels_of_nodes(
+    recorder: Recorder, values: Sequence[Value], lifted: Sequence[Tensor]
+) -> dict[fx.Node, str]:
+    """The labels of a recording's explicit inputs, and of what it lifted from outside."""
+    named = {value.name: value.label for value in values}
+    labels = {node: named[node.name] for node in recorder.graph.nodes if node.name in named}
+    for tensor, node in recorder.lifted:
+        labels[node] = closure_label(next(i for i, t in enumerate(lifted) if t is tensor))
+    return labels
 
 
 def concretes_of(

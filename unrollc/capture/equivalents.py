@@ -7,6 +7,7 @@ and the same first derivative stand instead, which can be differentiated further
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -16,13 +17,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unrollc.capture.alignments import ctc_loss
+from unrollc.capture.packing import READING, Read
 from unrollc.capture.source import SourceFinder
 from unrollc.errors import CaptureError
 
 
-def equivalent(func: Any) -> Callable[..., Any] | None:
-    """What stands for a function of PyTorch in a captured step; None for the function itself."""
-    return _ROWS.get(func)
+def equivalent(func: Any, read: Read) -> Callable[..., Any] | None:
+    """What stands for a function of PyTorch in a captured step; None for the function itself.
+
+    Args:
+        func: The function, as user code or a module calls it.
+        read: Reads the entries of a tensor of integers that the data give.
+    """
+    reading = READING.get(func)
+    return functools.partial(reading, read) if reading else _ROWS.get(func)
 
 
 def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from unrollc.capture.assemble import assemble_graph, closure_label, same_graph
+from unrollc.capture.assemble import Concretes, assemble_graph, closure_label, same_graph
 from unrollc.capture.batches import Batches
 from unrollc.capture.naming import Names
 from unrollc.capture.one_step import Kind, Shared, Start, StepRecording
@@ -37,6 +37,7 @@ class Loop:
         kind_sequence: For each step, an index into `kinds`.
         layout: The optimizer's layout after the last step.
         lifted: Tensors that the user's code brought in from outside, by label.
+        scalars: Hyperparameters and counters after the last step, where they are known.
     """
 
     steps: tuple[StepGraph, ...]
@@ -45,21 +46,48 @@ class Loop:
     kind_sequence: tuple[int, ...]
     layout: Layout
     lifted: dict[str, Tensor]
+    scalars: dict[str, Tensor]
 
-    def holds(self, concrete: Mapping[str, Any]) -> bool:
-        """Whether the guards hold for the current scalars (hyperparameters and counters)."""
+    def holds(
+        self, concrete: Mapping[str, Any], train: Batches, after: Concretes, val: Batches
+    ) -> bool:
+        """Whether the guards hold for the current scalars and data.
+
+        Args:
+            concrete: Hyperparameters and counters (`known_scalars`).
+            train: The batches of all steps.
+            after: What the validation loss took.
+            val: Its batch.
+        """
         guarded = [kind.concretes for kind in self.kinds if kind.concretes.guards]
         read = {label for concretes in guarded for label in concretes.guarded.inputs}
+        read |= set(after.guarded.inputs)
+        if not read:
+            return True
         known = {label: value for label, value in concrete.items() if not _is_per_step(value)}
+        known |= closures_read(read, self.lifted)
         counted = {label for kind in self.kinds for label in kind.concretes.counters}
         if read <= set(known) - counted:
-            return all(concretes.accept(known) for concretes in guarded)
+            return all(concretes.accept(known) for concretes in (*guarded, after))
         for step, index in enumerate(self.kind_sequence):
-            here = _at_step(concrete, step) | known
+            here = _at_step(concrete, step) | known | data_read(read, train, step)
             if not self.kinds[index].concretes.accept(here):
                 return False
             known = {**known, **self.kinds[index].concretes.advance(here)}
-        return True
+        return after.accept({**known, **data_read(read, val)})
+
+
+def data_read(read: set[str], batches: Batches, step: int = 0) -> dict[str, Tensor]:
+    """The leaves of a step's batch whose values guards depend on, by label."""
+    if read.isdisjoint(batches.labels):
+        return {}
+    pairs = zip(batches.labels, batches.at(step), strict=True)
+    return {label: leaf.detach().cpu() for label, leaf in pairs if label in read}
+
+
+def closures_read(read: set[str], lifted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors from outside whose values guards depend on, by label."""
+    return {label: tensor.detach().cpu() for label, tensor in lifted.items() if label in read}
 
 
 def _is_per_step(value: Any) -> bool:
@@ -125,7 +153,7 @@ def capture_loop(
             **{k: v for k, v in _at_step(scalars, step).items() if k in stock.hyper},
         }
         batch = _batch_signature(train, step)
-        chosen = _reusable(kinds, layout, batch, concrete)
+        chosen = _reusable(kinds, layout, batch, {**concrete, **_given(kinds, shared, train, step)})
         if chosen is None:
             start = Start(layout, state, tuned)
             recording = functools.partial(StepRecording, problem, stock, start, shared)
@@ -142,10 +170,10 @@ def capture_loop(
         if settled and train.form != "list":
             sequence.extend([chosen] * (train.steps - len(sequence)))
         layout, state, tuned = kind.after, kind.state, kind.tuned
-        known = {
-            **{k: v for k, v in known.items() if k in stock.hyper},
-            **kind.concretes.advance(concrete),
-        }
+        hyper = {k: v for k, v in known.items() if k in stock.hyper}
+        for later in range(step, len(sequence)):
+            seen = {**_at_step(scalars, later), **known, **_given([kind], shared, train, later)}
+            known = {**hyper, **kind.concretes.advance(seen)}
     lifted_by_label = {closure_label(index): tensor for index, tensor in enumerate(shared.lifted)}
     steps = _with_settled_buffers(raw)
     return Loop(
@@ -155,7 +183,15 @@ def capture_loop(
         kind_sequence=tuple(sequence),
         layout=layout,
         lifted=lifted_by_label,
+        scalars=known,
     )
+
+
+def _given(kinds: list[Kind], shared: Shared, train: Batches, step: int) -> dict[str, Tensor]:
+    """What kinds read of the data and of tensors from outside."""
+    read = {label for kind in kinds for label in kind.concretes.reads}
+    closures = {closure_label(index): tensor for index, tensor in enumerate(shared.lifted)}
+    return closures_read(read, closures) | data_read(read, train, step)
 
 
 def _record(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +22,7 @@ from unrollc.capture.nests import map_tensors
 from unrollc.capture.problem import Loss, Objective, Problem, Stock
 from unrollc.capture.record import Recorder
 from unrollc.capture.source import error_source
+from unrollc.capture.values import read_values
 from unrollc.errors import CaptureError, UnrollcError
 from unrollc.step import Phase
 
@@ -126,9 +128,10 @@ class _Substituted(TorchFunctionMode):
     ``params = list(model.parameters())`` in a regulariser, which mean the fast weights too.
     """
 
-    def __init__(self, replacements: Mapping[int, Tensor]) -> None:
+    def __init__(self, replacements: Mapping[int, Tensor], recorder: Recorder) -> None:
         super().__init__()
         self._replacements = replacements
+        self._read = functools.partial(read_values, recorder)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         def replaced(tensor: Tensor) -> Tensor:
@@ -136,7 +139,7 @@ class _Substituted(TorchFunctionMode):
 
         if func == _DATA:  # torch.func records no stop-gradient for it
             return replaced(args[0]).detach()
-        stands = equivalent(func) or func
+        stands = equivalent(func, self._read) or func
         return stands(*map_tensors(replaced, args), **map_tensors(replaced, kwargs or {}))
 
 
@@ -168,7 +171,7 @@ def run_user_loss(
             stack.enter_context(_swapped(module, own, prefix, tensors))
         originals = {**stock.theta, **stock.context, **stock.buffers}
         replacements = {id(t): tensors[label] for label, t in originals.items()}
-        stack.enter_context(_Substituted(replacements))
+        stack.enter_context(_Substituted(replacements, recorder))
         recorder.phase = Phase.FORWARD
         if isinstance(loss, Objective):
             value = loss.fn(problem.model, batch)

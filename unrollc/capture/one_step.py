@@ -9,7 +9,13 @@ from typing import Any
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from unrollc.capture.assemble import Concretes, assemble, closure_label, concretes_of
+from unrollc.capture.assemble import (
+    Concretes,
+    assemble,
+    closure_label,
+    concretes_of,
+    labels_of_nodes,
+)
 from unrollc.capture.batches import Batches
 from unrollc.capture.model import (
     capturing,
@@ -133,6 +139,9 @@ class StepRecording:
             for role, label, tensor in self._examples(train, step)
         ]
         labels = [value.label for value in self.values]
+        batch = dict(zip(train.labels, train.at(step), strict=True))
+        nodes = self._placeholders(inputs)
+        recorder.readable = {n: batch[label].detach() for label, n in nodes if label in batch}
 
         def run_user_step(*tensors: Tensor) -> dict[str, Any]:
             return self._step(dict(zip(labels, tensors, strict=True)), train)
@@ -148,9 +157,10 @@ class StepRecording:
             if value.role in STATE_ROLES and node in recorder.concrete
         }
         tuned = {label: found for label, node in counted.items() if (found := tuned_by(node))}
-        for label, node in self._placeholders(inputs):
+        for label, node in nodes:
             node.meta["counter"] = label in counted and label not in tuned
-        graph = assemble(recorder, self.values, outputs, self.names, self.shared.lifted)
+        lifted = self.shared.lifted
+        graph = assemble(recorder, self.values, outputs, self.names, lifted)
         self._name_lifted()
         verify_update(graph)
         for value, gradient in graph.outputs_with(Role.GRADIENT):
@@ -162,7 +172,9 @@ class StepRecording:
             after=after,
             batch=(),
             state=state_after,
-            concretes=concretes_of(recorder, self._labels_of_nodes(), counted),
+            concretes=concretes_of(
+                recorder, labels_of_nodes(recorder, self.values, lifted), counted
+            ),
             cuts=tuple(
                 Cut(tuned_by(guard.node), guard.source)
                 for guard in recorder.guards
@@ -280,10 +292,6 @@ class StepRecording:
         for label, tensor in results["extra"].items():
             add(Role.GRADIENT, label, tensor, roles[label])
         return found
-
-    def _labels_of_nodes(self) -> dict[fx.Node, str]:
-        named = {value.name: value.label for value in self.values}
-        return {n: named[n.name] for n in self.recorder.graph.nodes if n.name in named}
 
 
 def tuned_by(node: fx.Node) -> tuple[str, ...]:

@@ -51,7 +51,7 @@ class Guard:
     """
 
     node: fx.Node
-    value: float | int | bool
+    value: float | int | bool | list[int]
     source: Source | None
     truth: bool
 
@@ -67,6 +67,7 @@ class Recorder(TorchDispatchMode):
         constants: Small tensors that the code made from numbers, with their placeholders.
         noise: Random inputs, with their placeholders.
         concrete: Real values of nodes that depend on known scalars alone.
+        readable: Real values of inputs that only shapes may depend on (`values`).
         guards: Where Python read such a value.
         fast: Labels of the user's parameters that are fast weights, by id; code that reads one
             from outside would see a stale value.
@@ -83,6 +84,7 @@ class Recorder(TorchDispatchMode):
         self.constants: list[tuple[Tensor, fx.Node]] = []
         self.noise: list[tuple[Noise, fx.Node]] = []
         self.concrete: dict[fx.Node, Tensor] = {}
+        self.readable: dict[fx.Node, Tensor] = {}
         self.guards: list[Guard] = []
         self.nonzero: frozenset[str] = frozenset()
         self.fast: dict[int, str] = {}

@@ -6,7 +6,13 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from unrollc.capture.assemble import assemble, closure_label
+from unrollc.capture.assemble import (
+    Concretes,
+    assemble,
+    closure_label,
+    concretes_of,
+    labels_of_nodes,
+)
 from unrollc.capture.batches import Batches
 from unrollc.capture.loop import Loop
 from unrollc.capture.model import capturing, explained, module_names, run_user_loss
@@ -23,12 +29,12 @@ def capture_val(
     val: Batches,
     loop: Loop,
     names: Names,
-) -> tuple[StepGraph, dict[str, Tensor]]:
+) -> tuple[StepGraph, dict[str, Tensor], Concretes]:
     """The validation loss as a graph over θ_T, buffers, context and the validation batch.
 
     Returns:
-        The graph, and the tensors of `loop.lifted` with those added that only the validation
-        loss brings in.
+        The graph, the tensors of `loop.lifted` with those added that only the validation loss
+        brings in, and what it took from counters and lengths.
     """
     recorder = Recorder(SourceFinder(module_names(problem)))
     recorder.fast = {id(tensor): label for label, tensor in stock.theta.items()}
@@ -44,7 +50,14 @@ def capture_val(
     )
     values = [Value(role, k, names(k)) for role, tensors in groups for k in tensors]
     examples = [tensor for _, tensors in groups for tensor in tensors.values()]
-    inputs = [recorder.input(v.name, t) for v, t in zip(values, examples, strict=True)]
+    inputs = [
+        recorder.input(v.name, t, loop.scalars.get(v.label) if v.role is Role.BUFFER else None)
+        for v, t in zip(values, examples, strict=True)
+    ]
+    for value, fake, tensor in zip(values, inputs, examples, strict=True):
+        known = recorder.node_of(fake)
+        if value.role is Role.BATCH and known is not None:
+            recorder.readable[known] = tensor.detach()
 
     def run_user_validation(*given: Tensor) -> Tensor:
         tensors = {v.label: t for v, t in zip(values, given, strict=True)}
@@ -68,4 +81,5 @@ def capture_val(
     graph = assemble(
         recorder, values, [(Value(Role.LOSS, "val_loss", "val_loss"), node)], names, lifted
     )
-    return graph, {closure_label(index): tensor for index, tensor in enumerate(lifted)}
+    taken = concretes_of(recorder, labels_of_nodes(recorder, values, lifted), {})
+    return graph, {closure_label(index): tensor for index, tensor in enumerate(lifted)}, taken

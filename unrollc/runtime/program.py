@@ -133,7 +133,7 @@ class Program:
         for lowered, module in variants:
             lifted = lowered.loop.lifted.values()
             same = lowered.lifted_require == tuple(t.requires_grad for t in lifted)
-            if same and lowered.loop.holds(scalars):
+            if same and lowered.loop.holds(scalars, train, lowered.val_takes, val):
                 return lowered, module
         with torch.inference_mode(False):
             lowered = lower(
