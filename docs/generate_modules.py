@@ -23,6 +23,7 @@ meta-gradients are those of all initial parameters and of the learning rate.
 
 - *eager 1e-10*: loss and meta-gradients agree with eager double backward to a relative 1e-10;
 - *on the same noise*: eager draws the random numbers that the program draws;
+- *composed of simpler modules*: eager has no second derivative of the module, but of its parts;
 - *finite differences 1e-6*: where eager double backward has no answer, every inner loss agrees with
   ordinary training to 1e-10, and the meta-gradients with finite differences of ordinary training;
 - *refused*: an error says what and where, for the reason that is given.

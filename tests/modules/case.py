@@ -123,6 +123,8 @@ class Case:
         noisy: Whether it draws random numbers.
         finite: Why the oracle is finite differences of ordinary training and not eager double
             backward; "" where it is eager.
+        instead: Makes another module of the same parameters and the same ordinary training, which
+            eager double backward takes instead.
         refused: Why the module cannot be used; the error must contain `error`.
         error: Words of the error message.
     """
@@ -136,6 +138,7 @@ class Case:
     evaluating: bool = False
     noisy: bool = False
     finite: str = ""
+    instead: Callable[[], nn.Module] | None = None
     refused: str = ""
     error: str = ""
 

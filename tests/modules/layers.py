@@ -142,7 +142,13 @@ EMBEDDINGS = [
         refused="PyTorch divides a row's gradient by the frequency of another row",
         error="embedding_bag(scale_grad_by_freq=True) has no right gradient in PyTorch",
     ),
-    _bag("max_norm", max_norm=1.0),
+    layer(
+        "EmbeddingBag",
+        "max_norm",
+        lambda: nn.EmbeddingBag(4, 2, max_norm=1.0),
+        integers(4, 2, 3),
+        instead=lambda: Calling(lambda m, x: m(x).mean(1), nn.Embedding(4, 2, max_norm=1.0)),
+    ),
     layer(
         "EmbeddingBag",
         "sparse",

@@ -54,7 +54,7 @@ def _one(name: str, setting: str, inputs: Any, target: Any, *args: Any, **kwargs
 
 _CLASSES = ([normal(2, 3)], [integers(3, 2)])
 _IMAGE = ([normal(1, 3, 2, 2)], [integers(3, 1, 2, 2)])
-_WEIGHT = torch.tensor([0.5, 1.0, 2.0])
+_WEIGHT = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
 _log_probabilities: Callable[[], nn.Module] = lambda: nn.LogSoftmax(1)  # noqa: E731
 _normalised: Callable[[], nn.Module] = lambda: nn.LogSoftmax(-1)  # noqa: E731
 _SEQUENCES = Input(lambda g: torch.randint(1, 3, (2, 2), generator=g), moved=False)

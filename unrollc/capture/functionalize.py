@@ -28,6 +28,7 @@ class RecordedFunctionalization(FunctionalTensorMode):
         super().__init__()
         self._recorder = recorder
         self._outside: dict[int, Tensor] = {}
+        self._detached: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is aten._linalg_check_errors.default:
@@ -35,14 +36,26 @@ class RecordedFunctionalization(FunctionalTensorMode):
         recorder = self._recorder
         if func not in _READS and func not in FunctionalTensor.metadata_fns:
             args, kwargs = self._functional(func, args, kwargs or {})
-        if func._schema.is_mutable and args and recorder.stops_gradient():
-            before = recorder.node_of(args[0])
+        if not func._schema.is_mutable or not args or not isinstance(args[0], Tensor):
             with recorder:
                 result = super().__torch_dispatch__(func, types, args, kwargs)
-                recorder.keep_history(args[0], before)
+            if func is aten.detach.default and recorder.in_user_code():
+                self._detached[id(result)] = (result, args[0])
             return result
+        target = args[0]
+        source = (
+            self._detached.get(id(target), (None, None))[1] if recorder.in_user_code() else None
+        )
+        stopped = recorder.stops_gradient()
+        before = recorder.node_of(target) if stopped else None
+        source_before = None if source is None else recorder.node_of(source)
         with recorder:
-            return super().__torch_dispatch__(func, types, args, kwargs)
+            result = super().__torch_dispatch__(func, types, args, kwargs)
+            if stopped:
+                recorder.keep_history(target, before)
+            if source is not None:
+                recorder.keep_source(source, source_before)
+        return result
 
     def _functional(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """The arguments of an op that meets tensors from outside alone, such as a mask.
@@ -57,9 +70,10 @@ class RecordedFunctionalization(FunctionalTensorMode):
             raise CaptureError(
                 "the code changes a tensor from outside in place",
                 where=self._recorder._line(),
-                why="it is neither a parameter nor a buffer of the model, so no step would hand "
-                "its new value to the next",
-                remedy="make it a buffer of the model (register_buffer)",
+                why="it is no parameter, no buffer and no optimizer state, so no step would hand its "
+                "new value to the next",
+                remedy="make it a buffer of the model (register_buffer), or keep it in "
+                "optimizer.state",
             )
         return map_tensors(self._as_functional, (args, kwargs))  # type: ignore[no-any-return]
 

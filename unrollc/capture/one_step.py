@@ -246,6 +246,8 @@ class StepRecording:
         hooked = {k: g.clone() for k, g in with_parameter_hooks(stock.theta, reached).items()}
         gradient_nodes = {label: recorder.node_of(g) for label, g in hooked.items()}
         recorder.phase = Phase.UPDATE
+        for tensor in theta.values():
+            recorder.repeat(tensor)
         frozen = {
             stock.owners[id(parameter)]
             for group in self.problem.opt.param_groups

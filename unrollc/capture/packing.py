@@ -23,9 +23,7 @@ def pack(read: Read, input: Tensor, lengths: Tensor, batch_first: bool) -> tuple
     if len(sizes) != steps.shape[1] or max(sizes) > steps.shape[0]:
         raise ValueError(f"lengths {sizes} do not fit an input of shape {list(input.shape)}")
     if min(sizes) < 1 or sizes != sorted(sizes, reverse=True):
-        raise ValueError(
-            f"lengths {sizes} must be positive and fall (or pass enforce_sorted=False)"
-        )
+        raise ValueError(f"lengths {sizes} must be positive and fall (or enforce_sorted=False)")
     running = [sum(size > time for size in sizes) for time in range(sizes[0])]
     data = torch.cat([steps[time, :count] for time, count in enumerate(running)])
     return data, torch.tensor(running)

@@ -359,14 +359,13 @@ class Recorder(TorchDispatchMode):
         self._lines.setdefault(number - 2, source)
         return source
 
+    def in_user_code(self) -> bool:
+        """Whether the user's forward or loss is running, and not a replay of it."""
+        return self.phase in (Phase.FORWARD, Phase.LOSS) and self.origin is None
+
     def stops_gradient(self) -> bool:
         """Whether the user's ``no_grad`` is on in forward or loss: a stop-gradient."""
-        return (
-            self.phase in (Phase.FORWARD, Phase.LOSS)
-            and self.origin is None
-            and not self.declaring
-            and not torch.is_grad_enabled()
-        )
+        return self.in_user_code() and not self.declaring and not torch.is_grad_enabled()
 
     def _after_stop(self, node: fx.Node) -> fx.Node:
         """`node`, behind a ``detach`` of its line where it was computed under ``no_grad``."""
@@ -392,6 +391,44 @@ class Recorder(TorchDispatchMode):
         kept = self.graph.call_function(ATTACH, (after, history))
         kept.meta.update(phase=self.phase, source=source, val=after.meta["val"])
         self._stopped[after] = kept
+
+    def keep_source(self, source: Tensor, before: fx.Node | None) -> None:
+        """After an in-place op on ``source.detach()``, whose values `source` shares.
+
+        Here too autograd sees nothing: the tensor has the new value and its old history.
+        """
+        after = self.node_of(source)
+        if before is None or after is None or after is before:
+            return
+        kept = self.graph.call_function(ATTACH, (after, self._after_stop(before)))
+        kept.meta.update(phase=self.phase, source=self._line(), val=after.meta["val"])
+        while torch._C._functorch.is_functorch_wrapped_tensor(source):
+            source = torch._C._functorch.get_unwrapped(source)
+        fake = from_functional(source) if isinstance(source, FunctionalTensor) else source
+        self._nodes[id(fake)] = kept
+
+    def repeat(self, tensor: Tensor) -> None:
+        """Let what follows read a value of its own phase, computed again from the inputs.
+
+        A forward may change a fast weight in place (an embedding with ``max_norm``), and the
+        update reads the new value. Differentiation cuts a step where the update reads the inner
+        gradients, so nothing else may cross.
+        """
+        made = self.node_of(tensor)
+        assert made is not None
+        end = self._after_stop(made)
+        needed, stack = set(), [end]
+        while stack:
+            node = stack.pop()
+            if node not in needed and node.op == "call_function":
+                needed.add(node)
+                stack.extend(node.all_input_nodes)
+        copies: dict[fx.Node, fx.Node] = {}
+        for node in [each for each in self.graph.nodes if each in needed]:
+            copies[node] = self.graph.node_copy(node, lambda n: copies.get(n, n))
+            copies[node].meta = {**node.meta, "phase": self.phase}
+        renamed = {key: copies[end] for key, node in self._nodes.items() if node is made and copies}
+        self._nodes.update(renamed)
 
     @contextlib.contextmanager
     def declared(self) -> Iterator[None]:
