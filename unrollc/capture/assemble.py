@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from unrollc.capture.naming import Names
 from unrollc.capture.record import Recorder
+from unrollc.errors import CaptureError
 from unrollc.step import Role, StepGraph, Value, build, placeholder
 
 #: Order of a graph's inputs by role.
@@ -60,10 +61,26 @@ def assemble(
         constants[node.name] = tensor
     for index, (noise, node) in enumerate(recorder.noise):
         special[node] = Value(Role.NOISE, f"noise {index}", f"noise_{index}", noise=noise)
+    _refuse_mutation(node for _, node in outputs if node is not None)
     for node in recorder.graph.nodes:
         if node.op == "placeholder":
             inputs.append((special[node] if node in special else explicit[node.name], node))
     return _rebuild(inputs, outputs, constants)
+
+
+def _refuse_mutation(results: Iterable[fx.Node]) -> None:
+    """What is still in place after functionalization writes to a tensor from outside."""
+    for node in _needed(results):
+        schema = getattr(node.target, "_schema", None)
+        if schema is not None and schema.is_mutable:
+            raise CaptureError(
+                "the code changes a tensor from outside in place, and uses it",
+                where=node.meta.get("source"),
+                why="it is no parameter, no buffer and no optimizer state: no step would hand its "
+                "new value to the next",
+                remedy="make it a buffer of the model (register_buffer), or keep it in "
+                "optimizer.state",
+            )
 
 
 def closure_label(index: int) -> str:

@@ -6,11 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 
 from unrollc.capture.nests import map_tensors, tensors_in
-from unrollc.errors import CaptureError
 
 if TYPE_CHECKING:
     from unrollc.capture.record import Recorder
@@ -66,15 +64,8 @@ class RecordedFunctionalization(FunctionalTensorMode):
         tensors = tensors_in((args, kwargs))
         if not tensors or any(isinstance(tensor, FunctionalTensor) for tensor in tensors):
             return args, kwargs
-        if func._schema.is_mutable and not isinstance(args[0], FakeTensor):
-            raise CaptureError(
-                "the code changes a tensor from outside in place",
-                where=self._recorder._line(),
-                why="it is no parameter, no buffer and no optimizer state, so no step would hand its "
-                "new value to the next",
-                remedy="make it a buffer of the model (register_buffer), or keep it in "
-                "optimizer.state",
-            )
+        if func._schema.is_mutable:
+            return args, kwargs  # `assemble` refuses it where its value is used
         return map_tensors(self._as_functional, (args, kwargs))  # type: ignore[no-any-return]
 
     def _as_functional(self, tensor: Tensor) -> Tensor:

@@ -23,8 +23,8 @@ def read_values(recorder: Recorder, tensor: Tensor) -> list[int]:
         CaptureError: If it depends on parameters or on state.
     """
     node = recorder.node_of(tensor)
-    if node is None:  # the user's own, met for the first time
-        node = recorder.node_of(recorder._known(tensor))
+    if node is None:  # the user's own, which is met where ops are recorded
+        node = recorder.node_of(torch.ops.aten.alias.default(tensor))
         assert node is not None
     value = _value(recorder, node)
     source = recorder._line()
