@@ -15,7 +15,10 @@ import unrollc
 from tests.oracles.compare import assert_close
 from unrollc.capture.equivalents import equivalent
 
-pytestmark = pytest.mark.usefixtures("float64")
+pytestmark = [
+    pytest.mark.usefixtures("float64"),
+    pytest.mark.filterwarnings("ignore:size_average and reduce args"),
+]
 
 
 def normal(*shape: int) -> Tensor:

@@ -172,12 +172,15 @@ def _packed(kind: Any, enforce: bool) -> Callable[[], nn.Module]:
 RECURRENT = [
     *[
         layer(
-            name, setting, lambda name=name, rest=rest: getattr(nn, name)(2, 2, **rest), (3, 2, 2)
+            name,
+            setting,
+            lambda name=name, rest=rest: getattr(nn, name)(2, 2, **rest),
+            (steps, 2, 2),
         )
         for name in ("RNN", "LSTM", "GRU")
-        for setting, rest in [
-            ("", {}),
-            ("bidirectional, two layers", {"bidirectional": True, "num_layers": 2}),
+        for setting, steps, rest in [
+            ("", 3, {}),
+            ("bidirectional, two layers", 2, {"bidirectional": True, "num_layers": 2}),
         ]
     ],
     layer(

@@ -171,7 +171,9 @@ def capture_loop(
             sequence.extend([chosen] * (train.steps - len(sequence)))
         layout, state, tuned = kind.after, kind.state, kind.tuned
         hyper = {k: v for k, v in known.items() if k in stock.hyper}
-        for later in range(step, len(sequence)):
+        # Only the validation loss reads counters after the loop, and only those of buffers.
+        last = len(sequence) if set(kind.concretes.counters) & set(stock.buffers) else step + 1
+        for later in range(step, last):
             seen = {**_at_step(scalars, later), **known, **_given([kind], shared, train, later)}
             known = {**hyper, **kind.concretes.advance(seen)}
     lifted_by_label = {closure_label(index): tensor for index, tensor in enumerate(shared.lifted)}
