@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 
 from unrollc.capture.nests import map_tensors, tensors_in
+from unrollc.step import ATTACH
 
 if TYPE_CHECKING:
     from unrollc.capture.record import Recorder
@@ -50,9 +51,9 @@ class RecordedFunctionalization(FunctionalTensorMode):
         with recorder:
             result = super().__torch_dispatch__(func, types, args, kwargs)
             if stopped:
-                recorder.keep_history(target, before)
+                keep_history(recorder, target, before)
             if source is not None:
-                recorder.keep_source(source, source_before)
+                keep_source(recorder, source, source_before)
         return result
 
     def _functional(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -80,3 +81,58 @@ def from_functional(tensor: FunctionalTensor) -> Tensor:
     """The fake tensor that a functional one stands for at the moment."""
     torch._sync(tensor)  # type: ignore[attr-defined, no-untyped-call]
     return torch._from_functional_tensor(tensor.elem)
+
+
+def keep_history(recorder: Recorder, target: Tensor, before: fx.Node | None) -> None:
+    """After an in-place op under ``no_grad``: the new value has the old one's derivative.
+
+    Autograd does not see the op, so the tensor keeps its history.
+    """
+    after = recorder.node_of(target)
+    if before is None or after is None or after is before or after not in recorder._stopped:
+        return
+    source = recorder._line()
+    history = recorder._after_stop(before)
+    kept = recorder.graph.call_function(ATTACH, (after, history))
+    kept.meta.update(phase=recorder.phase, source=source, val=after.meta["val"])
+    recorder._stopped[after] = kept
+
+
+def keep_source(recorder: Recorder, source: Tensor, before: fx.Node | None) -> None:
+    """After an in-place op on ``source.detach()``, whose values `source` shares.
+
+    Here too autograd sees nothing: the tensor has the new value and its old history.
+    """
+    after = recorder.node_of(source)
+    if before is None or after is None or after is before:
+        return
+    kept = recorder.graph.call_function(ATTACH, (after, recorder._after_stop(before)))
+    kept.meta.update(phase=recorder.phase, source=recorder._line(), val=after.meta["val"])
+    while torch._C._functorch.is_functorch_wrapped_tensor(source):
+        source = torch._C._functorch.get_unwrapped(source)
+    fake = from_functional(source) if isinstance(source, FunctionalTensor) else source
+    recorder._nodes[id(fake)] = kept
+
+
+def repeat_in_phase(recorder: Recorder, tensor: Tensor) -> None:
+    """Let what follows read a value of its own phase, computed again from the inputs.
+
+    A forward may change a fast weight in place (an embedding with ``max_norm``), and the
+    update reads the new value. Differentiation cuts a step where the update reads the inner
+    gradients, so nothing else may cross.
+    """
+    made = recorder.node_of(tensor)
+    assert made is not None
+    end = recorder._after_stop(made)
+    needed, stack = set(), [end]
+    while stack:
+        node = stack.pop()
+        if node not in needed and node.op == "call_function":
+            needed.add(node)
+            stack.extend(node.all_input_nodes)
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in [each for each in recorder.graph.nodes if each in needed]:
+        copies[node] = recorder.graph.node_copy(node, lambda n: copies.get(n, n))
+        copies[node].meta = {**node.meta, "phase": recorder.phase}
+    renamed = {key: copies[end] for key, node in recorder._nodes.items() if node is made and copies}
+    recorder._nodes.update(renamed)

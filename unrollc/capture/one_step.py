@@ -17,6 +17,7 @@ from unrollc.capture.assemble import (
     labels_of_nodes,
 )
 from unrollc.capture.batches import Batches
+from unrollc.capture.functionalize import repeat_in_phase
 from unrollc.capture.model import (
     capturing,
     explained,
@@ -247,7 +248,7 @@ class StepRecording:
         gradient_nodes = {label: recorder.node_of(g) for label, g in hooked.items()}
         recorder.phase = Phase.UPDATE
         for tensor in theta.values():
-            recorder.repeat(tensor)
+            repeat_in_phase(recorder, tensor)
         frozen = {
             stock.owners[id(parameter)]
             for group in self.problem.opt.param_groups

@@ -32,7 +32,7 @@ from unrollc.capture.noise import as_noise
 from unrollc.capture.source import SourceFinder
 from unrollc.capture.strided import scatter_strided
 from unrollc.errors import CaptureError, Source
-from unrollc.step import ATTACH, Noise, Phase, placeholder
+from unrollc.step import Noise, Phase, placeholder
 
 aten = torch.ops.aten
 
@@ -41,6 +41,19 @@ _ZERO_TESTS = (aten.ne.Scalar, aten.eq.Scalar, aten.gt.Scalar, aten.le.Scalar)
 
 #: Concrete values are followed through ops on tensors of at most this many elements.
 _CONCRETE_NUMEL = 16
+
+
+def _storage_numel(tensor: Tensor) -> int:
+    return tensor.untyped_storage().nbytes() // tensor.itemsize
+
+
+#: Questions about tensors that need no fake kernel; autograd and forward mode ask them for each
+#: op, which makes two thirds of what reaches the recorder.
+_FACTS: dict[Any, Callable[..., Any]] = {
+    torch.ops.prim.device.default: lambda x: getattr(x, "fake_device", None) or x.device,
+    aten.is_same_size.default: lambda x, y: x.shape == y.shape,
+    aten._has_same_storage_numel.default: lambda x, y: _storage_numel(x) == _storage_numel(y),
+}
 
 
 @dataclass(frozen=True)
@@ -159,6 +172,8 @@ class Recorder(TorchDispatchMode):
         key = torch._C._TorchDispatchModeKey.FUNCTIONAL
         if torch._C._get_dispatch_mode(key) is not None:
             return func(*args, **kwargs)
+        if (fact := _FACTS.get(func)) is not None:
+            return fact(*args)
         if func is aten._local_scalar_dense.default:
             return self._read_number(args[0])
         if func in (aten.lift_fresh.default, aten.lift_fresh_copy.default):
@@ -377,58 +392,6 @@ class Recorder(TorchDispatchMode):
             stop.meta.update(phase=self.phase, source=node.meta.get("source"), val=node.meta["val"])
             self._stopped[node] = stop
         return stop
-
-    def keep_history(self, target: Tensor, before: fx.Node | None) -> None:
-        """After an in-place op under ``no_grad``: the new value has the old one's derivative.
-
-        Autograd does not see the op, so the tensor keeps its history.
-        """
-        after = self.node_of(target)
-        if before is None or after is None or after is before or after not in self._stopped:
-            return
-        source = self._line()
-        history = self._after_stop(before)
-        kept = self.graph.call_function(ATTACH, (after, history))
-        kept.meta.update(phase=self.phase, source=source, val=after.meta["val"])
-        self._stopped[after] = kept
-
-    def keep_source(self, source: Tensor, before: fx.Node | None) -> None:
-        """After an in-place op on ``source.detach()``, whose values `source` shares.
-
-        Here too autograd sees nothing: the tensor has the new value and its old history.
-        """
-        after = self.node_of(source)
-        if before is None or after is None or after is before:
-            return
-        kept = self.graph.call_function(ATTACH, (after, self._after_stop(before)))
-        kept.meta.update(phase=self.phase, source=self._line(), val=after.meta["val"])
-        while torch._C._functorch.is_functorch_wrapped_tensor(source):
-            source = torch._C._functorch.get_unwrapped(source)
-        fake = from_functional(source) if isinstance(source, FunctionalTensor) else source
-        self._nodes[id(fake)] = kept
-
-    def repeat(self, tensor: Tensor) -> None:
-        """Let what follows read a value of its own phase, computed again from the inputs.
-
-        A forward may change a fast weight in place (an embedding with ``max_norm``), and the
-        update reads the new value. Differentiation cuts a step where the update reads the inner
-        gradients, so nothing else may cross.
-        """
-        made = self.node_of(tensor)
-        assert made is not None
-        end = self._after_stop(made)
-        needed, stack = set(), [end]
-        while stack:
-            node = stack.pop()
-            if node not in needed and node.op == "call_function":
-                needed.add(node)
-                stack.extend(node.all_input_nodes)
-        copies: dict[fx.Node, fx.Node] = {}
-        for node in [each for each in self.graph.nodes if each in needed]:
-            copies[node] = self.graph.node_copy(node, lambda n: copies.get(n, n))
-            copies[node].meta = {**node.meta, "phase": self.phase}
-        renamed = {key: copies[end] for key, node in self._nodes.items() if node is made and copies}
-        self._nodes.update(renamed)
 
     @contextlib.contextmanager
     def declared(self) -> Iterator[None]:
