@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
+TESTABLE := $(VENV)/.testable
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -15,7 +16,7 @@ help: ## list the targets
 demo: $(READY) ## meta-learn to read letters from one example each (MAML), with every artifact shown
 	$(RUN) examples/maml_glyphs.py
 
-test: lint ## everything that must hold: lint, then the tests
+test: lint $(TESTABLE) ## everything that must hold: lint, then the tests
 	$(RUN) -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 lint: $(READY) ## style, formatting and types
@@ -36,4 +37,9 @@ $(READY): requirements-dev.txt pyproject.toml
 	@$(PYTHON) -m venv $(VENV)
 	@$(RUN) -m pip install -qq --disable-pip-version-check -r requirements-dev.txt
 	@$(RUN) -m pip install -qq --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@touch $@
+
+# Models and optimizers of other libraries, which only the tests capture.
+$(TESTABLE): requirements-test.txt $(READY)
+	@$(RUN) -m pip install -qq --disable-pip-version-check -r requirements-test.txt
 	@touch $@

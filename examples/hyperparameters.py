@@ -17,10 +17,10 @@ from typing import Annotated
 import torch
 import torch.nn.functional as F
 import typer
+from digits import draw_batches, load_parts, reinitialise
 from display import console, progress
 from fewshot import Batch, Estimate
 from rich.table import Table
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import unrollc
@@ -29,27 +29,18 @@ START_LR = 1e-3  # PyTorch's default
 START_WEIGHT_DECAY = 1e-4
 LR_RANGE = (1e-4, 1e-1)  # of the grid
 WEIGHT_DECAY_RANGE = (1e-6, 1e-2)
+BATCH = 32
 REPEATS = 3  # trainings in a cell: by one alone the grid would pick a lucky cell
 OUTER_LR = 0.3  # in units of log learning rate
 
 
 @dataclass(frozen=True)
 class Digits:
-    """Images float32 [n, 64] in 0..1 with labels int64 [n], in three disjoint parts."""
+    """Images with their labels in three disjoint parts."""
 
     train: Batch
     validation: Batch
     test: Batch
-
-
-def load_data(train: int, validation: int, generator: torch.Generator) -> Digits:
-    """`train` and `validation` images; the rest of the 1,797 are for testing."""
-    digits = load_digits()
-    order = torch.randperm(len(digits.target), generator=generator)
-    images = torch.tensor(digits.data, dtype=torch.float32)[order] / 16
-    labels = torch.tensor(digits.target)[order]
-    sizes = [train, validation, len(order) - train - validation]
-    return Digits(*zip(images.split(sizes), labels.split(sizes), strict=True))
 
 
 def deep_mlp(hidden_layers: int, width: int = 64) -> nn.Sequential:
@@ -71,10 +62,11 @@ class Trainer:
 
     def train(self, lrs: Tensor, weight_decays: Tensor, evaluate_on: Batch) -> unrollc.Result:
         """Train from fresh weights on fresh batches; hyperparameters are [tensors] each."""
-        self._reinitialise()
+        reinitialise(self.model, self.generator)
         for group, lr, weight_decay in zip(self.opt.param_groups, lrs, weight_decays, strict=True):
             group["lr"], group["weight_decay"] = lr, weight_decay
-        return self.program(self._batches(), evaluate_on)
+        batches = draw_batches(self.data.train, self.steps, BATCH, self.generator)
+        return self.program(batches, evaluate_on)
 
     def accuracy(self, result: unrollc.Result, batch: Batch) -> float:
         """Of the trained weights, 0..1."""
@@ -82,18 +74,6 @@ class Trainer:
         with torch.no_grad():
             logits = torch.func.functional_call(self.model, dict(result.params), (images,))
         return (logits.argmax(1) == labels).float().mean().item()
-
-    def _reinitialise(self) -> None:
-        with torch.no_grad():
-            for parameter in self.model.parameters():
-                bound = 1 / math.sqrt(parameter.shape[-1])
-                parameter.uniform_(-bound, bound, generator=self.generator)
-
-    def _batches(self, size: int = 32) -> Batch:
-        """Images [steps, size, 64] and labels [steps, size], drawn with replacement."""
-        images, labels = self.data.train
-        drawn = torch.randint(len(labels), (self.steps, size), generator=self.generator)
-        return images[drawn], labels[drawn]
 
 
 @dataclass(frozen=True)
@@ -260,7 +240,7 @@ def main(
         steps, inner, trainings = 3, 10, 3
     torch.set_num_threads(1)  # the matrices are too small to share out
     generator = torch.Generator().manual_seed(seed)
-    trainer = Trainer(load_data(400, 600, generator), inner, generator)
+    trainer = Trainer(Digits(*load_parts([400, 600], generator)), inner, generator)
     learned = meta_learn(trainer, steps)
     tuned = {
         "untuned": untuned(trainer),

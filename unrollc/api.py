@@ -7,9 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.swa_utils import AveragedModel
 
+from unrollc.capture.averaging import check_average
 from unrollc.capture.batches import repeat
-from unrollc.capture.problem import Loss, Objective, PerStep, Problem, objective
+from unrollc.capture.problem import Loss, Objective, PerStep, Problem, Transform, objective
+from unrollc.capture.schedule import check_scheduler
 from unrollc.errors import (
     CaptureError,
     InputError,
@@ -51,6 +55,9 @@ def compile(
     loss: Loss,
     *,
     val_loss: Loss | None = None,
+    grad_transform: Transform | None = None,
+    scheduler: LRScheduler | None = None,
+    average: AveragedModel | None = None,
     meta: Sequence[Tensor | PerStep | str] | None = None,
     gradient: Gradient = "exact",
     memory: int | str | None = None,
@@ -69,6 +76,17 @@ def compile(
             tensor that requires grad, or a `PerStep`.
         loss: ``loss(prediction, target) -> scalar``, a module, or an `objective`.
         val_loss: Likewise, for the validation batch; by default the same as `loss`.
+        grad_transform: Called between backward pass and optimizer step with the list of the
+            optimizer's parameters whose ``.grad`` is set; it changes or rebinds ``.grad``, as
+            ``lambda params: torch.nn.utils.clip_grad_norm_(params, 1.0)`` does. Its return value
+            is ignored; the update is differentiated through it. Parameters of a module count as
+            meta-parameters.
+        scheduler: A scheduler of `torch.optim.lr_scheduler` over `opt`; left untouched. It steps
+            once after each inner step, from the state it has now. Where the learning rate is a
+            tensor, that is the schedule's present rate, and its base rate follows.
+        average: A `torch.optim.swa_utils.AveragedModel` over `model`; left untouched. Its
+            ``update_parameters`` runs after each inner step, starting from what it holds now, and
+            the validation loss is that of the averaged weights.
         meta: Meta-parameters, as tensors or labels; by default everything that requires grad.
         gradient: "exact", `FirstOrder` or `Truncated`.
         memory: Must be None in this version.
@@ -93,8 +111,18 @@ def compile(
     for name, given in (("loss", loss), ("val_loss", val_loss)):
         if not isinstance(given, Objective) and not callable(given):
             raise InputError(f"{name} is {type(given).__name__}, not a callable")
+    if grad_transform is not None and not callable(grad_transform):
+        raise InputError(
+            f"grad_transform is {type(grad_transform).__name__}, not a callable",
+            remedy="pass a function of a list of parameters, e.g. "
+            "lambda params: torch.nn.utils.clip_grad_norm_(params, 1.0)",
+        )
+    if scheduler is not None:
+        check_scheduler(scheduler, opt)
+    if average is not None:
+        check_average(average, model)
     options = read_options(meta, gradient, memory, backend, debug)
-    return Program(Problem(model, opt, loss, val_loss), options)
+    return Program(Problem(model, opt, loss, val_loss, grad_transform, scheduler, average), options)
 
 
 def check(

@@ -70,7 +70,13 @@ class InputError(UnrollcError, ValueError):
 
 
 class CaptureError(UnrollcError):
-    """The user's model, loss or optimizer cannot be captured as a graph."""
+    """The user's model, loss or optimizer cannot be captured as a graph.
+
+    Attributes:
+        in_update: Whether the optimizer's step was running.
+    """
+
+    in_update = False
 
 
 class RequirementError(UnrollcError):

@@ -39,6 +39,7 @@ class Role(enum.Enum):
     THETA = "theta"
     OPT_STATE = "opt_state"
     BUFFER = "buffer"
+    AVERAGE = "average"
     HYPER = "hyper"
     CONTEXT = "context"
     BATCH = "batch"
@@ -50,7 +51,10 @@ class Role(enum.Enum):
 
 
 #: Roles of what one step hands to the next.
-STATE_ROLES = (Role.THETA, Role.OPT_STATE, Role.BUFFER)
+STATE_ROLES = (Role.THETA, Role.OPT_STATE, Role.BUFFER, Role.AVERAGE)
+
+#: Roles of state whose start may be a meta-parameter: θ_0, and what the optimizer remembers.
+STARTS = (Role.THETA, Role.OPT_STATE)
 
 
 class Phase(enum.Enum):
@@ -196,20 +200,21 @@ def verify(step: StepGraph) -> None:
         assert "phase" in node.meta and "val" in node.meta, f"no metadata on {node.format_node()}"
 
 
-def verify_update(step: StepGraph) -> None:
-    """Check that a captured step's update reads the inner step through its gradients alone.
+def read_besides_gradients(step: StepGraph) -> list[fx.Node]:
+    """What the update reads of the inner step's forward, loss and gradient besides gradients.
 
-    Differentiation cuts the step there: Oᵀ·B is the cotangent of what crosses the cut.
+    Mixed mode cuts the step there: Oᵀ·B is the cotangent of what crosses the cut.
     """
     gradients = {node for _, node in step.outputs_with(Role.GRADIENT)}
     inner = (Phase.FORWARD, Phase.LOSS, Phase.GRADIENT)
+    found: dict[fx.Node, None] = {}
     for node in step.graph.nodes:
         if node.op == "call_function" and node.meta["phase"] is Phase.UPDATE:
             for source in node.all_input_nodes:
                 crossing = source.op == "call_function" and source.meta["phase"] in inner
-                assert not crossing or source in gradients, (
-                    f"the update reads {source.format_node()}, which is no gradient"
-                )
+                if crossing and source not in gradients:
+                    found[source] = None
+    return list(found)
 
 
 def tensors_of(node: fx.Node) -> list[torch.Tensor]:

@@ -1,9 +1,9 @@
 """The captured update is the optimizer's own, and its hyperparameters keep their gradient."""
 
-import inspect
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -124,43 +124,48 @@ def test_hyperparameters_equal_finite_differences(name: str) -> None:
 
 
 REAL = torch.tensor(3.0)
-NAMESPACE = inspect.unwrap(torch.optim.Adafactor.step).__globals__
+PLAIN = {"max": max, "min": min, "sqrt": math.sqrt}
 
 
 class Watching(torch.optim.Adafactor):
-    """Looks at the optimizer's namespace while its step is captured; may fail there."""
+    """Looks at Python's own functions while its step is captured; may fail there."""
+
+    seen: ClassVar[list[Any]] = []
 
     def __init__(self, params: Any, fail: bool) -> None:
         super().__init__(params, lr=0.1)
-        self.fail, self.seen = fail, []
+        self.fail = fail
 
     def step(self, closure: Any = None) -> None:
-        largest = NAMESPACE["max"]
-        self.seen.append(largest(1.0, self.param_groups[0]["params"][0].sum()))
+        size = self.param_groups[0]["params"][0].square().sum()
+        self.seen.append(max(1.0, size))
         with ThreadPoolExecutor(1) as other:
-            self.seen.append(other.submit(largest, 1.0, REAL).result())
-        self.seen.append(largest([2, 5, 3], key=lambda x: -x))
+            self.seen.append(other.submit(max, 1.0, REAL).result())
+            self.seen.append(other.submit(math.sqrt, REAL).result())
+        self.seen.append(max([2, 5, 3], key=lambda x: -x))
+        self.seen.append(math.sqrt(size))
         if self.fail:
             raise ValueError("on purpose")
         super().step()
 
 
 @pytest.mark.parametrize("fail", [False, True])
-def test_the_optimizers_names_are_put_back(fail: bool) -> None:
-    """``max`` and ``min`` are tensor-aware in the capturing thread, while it captures."""
+def test_pythons_functions_are_put_back(fail: bool) -> None:
+    """``max``, ``min`` and `math` take traced numbers in the thread that captures, and then."""
     model = MLP()
     opt = Watching(model.parameters(), fail)
+    opt.seen.clear()
     train = cases.batches(SHAPE, 2, seed=1)
     program = unrollc.compile(model, opt, F.cross_entropy)
-    assert "max" not in NAMESPACE and "min" not in NAMESPACE
     if fail:
         with pytest.raises(unrollc.CaptureError, match="on purpose"):
             program.lower(train, unstack(train)[0])
     else:
         program.lower(train, unstack(train)[0])
-    assert "max" not in NAMESPACE and "min" not in NAMESPACE
-    traced, elsewhere, plain = opt.seen[:3]
+    assert {"max": max, "min": min, "sqrt": math.sqrt} == PLAIN
+    traced, elsewhere, root, plain, traced_root = opt.seen[:5]
     assert isinstance(traced, Tensor) and elsewhere is REAL and plain == 2
+    assert root == 3.0**0.5 and isinstance(traced_root, Tensor)
 
 
 class Filling(torch.optim.Optimizer):

@@ -25,8 +25,9 @@ def pulled_back(step: StepGraph, given: dict[str, Tensor], adjoint: Any) -> dict
         given: Tensors by label for the step's inputs; zeros where there is none.
         adjoint: `reverse_adjoint` or `mixed_adjoint`.
     """
-    live = frozenset((v.role, v.label) for v, _ in step.outputs_with(Role.THETA, Role.OPT_STATE))
-    live = frozenset((role, label) for role, label in live if "step" not in label)
+    state = step.outputs_with(Role.THETA, Role.OPT_STATE, Role.AVERAGE)
+    floating = [v for v, n in state if n is not None and n.meta["val"].is_floating_point()]
+    live = frozenset((v.role, v.label) for v in floating if "step" not in v.label)
     wanted = frozenset((v.role, v.label) for v, _ in step.inputs_with(Role.HYPER, Role.CONTEXT))
     made = adjoint(step, wanted, live).graph
     generator = torch.Generator().manual_seed(7)

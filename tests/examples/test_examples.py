@@ -88,6 +88,28 @@ def test_hyperparameters(tmp_path: Path) -> None:
     assert "8.weight" in output and "wall time" in output
 
 
-@pytest.mark.parametrize("example", ["maml_glyphs.py", "hyperparameters.py"])
+def test_learned_optimizer(tmp_path: Path) -> None:
+    output = succeed("learned_optimizer.py", "--quick", cwd=tmp_path)
+    assert "3 held-out problems" in output and "4 meta-gradients (exact)" in output
+    rows = dict(re.findall(r"(learned|Adam|SGD)\s+│(.+±.+)", output))
+    assert set(rows) == {"learned", "Adam", "SGD"}
+    losses = {
+        method: [float(x) for x in re.findall(r"([\d.]+) ±", row)] for method, row in rows.items()
+    }
+    assert all(len(row) == 3 for row in losses.values())
+    assert losses["SGD"][0] > losses["SGD"][1]  # it trains
+    # The sentence that is printed agrees with the table.
+    at_the_end = re.search(
+        r"At step 40: learned is (\w+): its loss is ([\d.]+) times that of SGD", output
+    )
+    assert at_the_end is not None
+    assert at_the_end[1] == "worse" and float(at_the_end[2]) > 1
+    assert losses["learned"][1] > losses["SGD"][1]
+
+
+EXAMPLES = ["maml_glyphs.py", "hyperparameters.py", "learned_optimizer.py"]
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
 def test_help(example: str, tmp_path: Path) -> None:
     assert "--quick" in succeed(example, "--help", cwd=tmp_path)

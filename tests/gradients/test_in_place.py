@@ -186,6 +186,48 @@ def test_validation_in_evaluation_mode() -> None:
     assert_close(dict(zip(names, found, strict=True)), dict(zip(names, wanted, strict=True)))
 
 
+class Averaging(nn.Module):
+    """A running average that the forward updates without tracking and reads in the same step."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.linear, self.in_place = nn.Linear(4, 3), in_place
+        self.register_buffer("average", torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.tanh(self.linear(x))
+        if self.in_place:
+            with torch.no_grad():
+                self.average.mul_(0.5).add_(z.mean(0))
+        else:
+            self.average = 0.5 * self.average + z.mean(0).detach()
+        return z * (1 + self.average)
+
+
+def test_a_buffer_updated_in_place_under_no_grad_hands_on_no_derivative() -> None:
+    train = (torch.randn(T, 6, 4), torch.randint(3, (T, 6)))
+    gradients = {}
+    for in_place in (True, False):
+        model = Averaging(in_place)
+        opt = torch.optim.SGD(model.parameters(), lr=0.5)
+        result = unrollc.compile(model, opt, F.cross_entropy)(train, unstack(train)[0])
+        found = torch.autograd.grad(result.loss, list(model.parameters()))
+        gradients[in_place] = dict(zip(("weight", "bias"), found, strict=True))
+    expected = Averaging(in_place=False)
+    theta, average = dict(expected.linear.named_parameters()), torch.zeros(3)
+    losses = []
+    for x, y in [*unstack(train), unstack(train)[0]]:
+        z = torch.tanh(F.linear(x, **theta))
+        average = 0.5 * average + z.mean(0).detach()
+        losses.append(F.cross_entropy(z * (1 + average), y))
+        steps = torch.autograd.grad(losses[-1], list(theta.values()), create_graph=True)
+        theta = {k: p - 0.5 * g for (k, p), g in zip(theta.items(), steps, strict=True)}
+    wanted = torch.autograd.grad(losses[-1], list(expected.linear.parameters()))
+    for found in gradients.values():
+        assert_close(found, dict(zip(("weight", "bias"), wanted, strict=True)))
+
+
 def test_an_optimizer_that_writes_into_gradients() -> None:
     class Tripled(torch.optim.SGD):
         def step(self, closure=None):

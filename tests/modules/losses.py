@@ -188,7 +188,7 @@ LOSSES = [
         integers(6, 3),
         refused="how many rows each cluster takes depends on the targets; log_prob with NLLLoss is "
         "the same loss and works",
-        error="the shape of the result of nonzero depends on the data",
+        error="the shape of a result depends on the data",
     ),
     layer(
         "AdaptiveLogSoftmaxWithLoss",

@@ -44,7 +44,12 @@ def moved(tensor: Tensor, by: Tensor) -> Iterator[None]:
 
 
 def directional_derivative(
-    scalar: Scalar, tensor: Tensor, direction: Tensor, *, step: float = 1e-2
+    scalar: Scalar,
+    tensor: Tensor,
+    direction: Tensor,
+    *,
+    step: float = 1e-2,
+    one_sided: bool = False,
 ) -> Estimate:
     """The derivative of ``scalar()`` as ``tensor`` moves along ``direction``.
 
@@ -53,11 +58,18 @@ def directional_derivative(
         tensor: float64; moved in place and restored.
         direction: Of the tensor's shape.
         step: The largest step. It should be small against the distance to the next kink.
+        one_sided: Move forward alone, where the other side is out of bounds. The differences
+            then have error terms h, h², h³, …
     """
     if tensor.dtype != torch.float64:
         raise ValueError(f"finite differences need float64, not {tensor.dtype}")
 
+    start = _number(scalar()) if one_sided else 0.0
+
     def difference(h: float) -> float:
+        if one_sided:
+            with moved(tensor, h * direction):
+                return (_number(scalar()) - start) / h
         with moved(tensor, h * direction):
             above = _number(scalar())
         with moved(tensor, -h * direction):
@@ -70,7 +82,7 @@ def directional_derivative(
         current = [difference(step / _SHRINK**row)]
         factor = 1.0
         for column in range(row):
-            factor *= _SHRINK**2
+            factor *= _SHRINK if one_sided else _SHRINK**2
             current.append((factor * current[column] - previous[column]) / (factor - 1))
             error = max(abs(current[-1] - current[column]), abs(current[-1] - previous[column]))
             if error < best.error:
@@ -103,18 +115,20 @@ def compare(
     directions: int = 2,
     seed: int = 0,
     step: float = 1e-2,
+    one_sided: bool = False,
 ) -> list[Comparison]:
     """Compare ``gradient`` of ``scalar()`` with finite differences along random directions.
 
-    Directions have unit length; the scale of a comparison is the gradient's norm, because a
-    random direction may happen to be nearly orthogonal to it.
+    Directions have unit length, and no negative entry where they are one-sided. The scale of a
+    comparison is the gradient's norm: a random direction may be nearly orthogonal to it.
     """
     generator = torch.Generator().manual_seed(seed)
     comparisons = []
     for _ in range(directions):
         direction = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
         direction /= direction.norm()
-        estimate = directional_derivative(scalar, tensor, direction, step=step)
+        direction = direction.abs() if one_sided else direction
+        estimate = directional_derivative(scalar, tensor, direction, step=step, one_sided=one_sided)
         claimed = (gradient.detach().double() * direction).sum().item()
         scale = max(gradient.norm().item(), abs(estimate.value))
         comparisons.append(Comparison(claimed, estimate, scale))

@@ -30,6 +30,8 @@ def _number(value: Any) -> Any:
     """A hyperparameter as the user of an ordinary optimizer writes it: a Python number."""
     if isinstance(value, Tensor):
         return value.item()
+    if hasattr(value, "per_step"):  # put anew before each step
+        return value.per_step[0].item()
     if isinstance(value, tuple):
         return tuple(_number(item) for item in value)
     return value
@@ -50,6 +52,16 @@ def _copied(
         opt.param_groups, opt.defaults = groups, defaults
 
 
+def _put(group: dict[str, Any], key: str, number: float) -> None:
+    name, _, index = key.rstrip("]").partition("[")
+    if not index:
+        group[name] = number
+        return
+    entries = list(group[name])
+    entries[int(index)] = number
+    group[name] = tuple(entries)
+
+
 def train(
     model: nn.Module,
     opt: torch.optim.Optimizer,
@@ -63,7 +75,7 @@ def train(
     """Train a copy of ``model`` on a list of batches; ``model`` and ``opt`` stay untouched.
 
     Tensor hyperparameters become Python numbers, and ``per_step`` values are set before each
-    step as a scheduler would.
+    step as a scheduler would; a key may name an entry of a tuple, ``betas[1]``.
     """
     model, opt = _copied(model, opt)
     objective = as_objective(loss)
@@ -73,7 +85,7 @@ def train(
     inner_losses = []
     for j, batch in enumerate(batches):
         for (i, key), values in (per_step or {}).items():
-            opt.param_groups[i][key] = values[j].item()
+            _put(opt.param_groups[i], key, values[j].item())
         inner_loss = objective.fn(model, batch)
         inner_losses.append(inner_loss.detach())
         # Not backward(): parameters of the loss are the caller's and must not get a .grad.

@@ -529,7 +529,7 @@ def test_padding_rows_are_listed() -> None:
 
 
 def test_a_guard_at_exactly_zero() -> None:
-    """``if decay > 0`` hides the term as ``!= 0`` does; a branch that brings state is undefined."""
+    """``if decay > 0`` hides the term as ``!= 0`` does; state that the branch brings is welcome."""
     decay, momentum = tensor(0.0), tensor(0.0)
 
     class Guarded(Descent):
@@ -544,8 +544,28 @@ def test_a_guard_at_exactly_zero() -> None:
 
     assert check(optimizer=lambda p: Guarded(p, by_gradient, decay=decay))[decay].status == "exists"
     found = check(optimizer=lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=momentum))  # type: ignore[arg-type]
+    assert found[momentum].status == "exists"
+
+
+def test_a_guard_at_zero_that_switches_another_hyperparameter_on() -> None:
+    """Without momentum dampening does nothing; with any, it acts at once: a jump."""
+    momentum, decay = tensor(0.0), tensor(0.0)
+
+    def damped(dampening: Any) -> Callable[[Any], torch.optim.Optimizer]:
+        def build(p: Any) -> torch.optim.Optimizer:
+            opt = torch.optim.SGD(p, lr=0.1, dampening=0.5)
+            opt.param_groups[0].update(momentum=momentum, dampening=dampening, weight_decay=decay)
+            return opt
+
+        return build
+
+    found = check(optimizer=damped(0.5))
     assert found[momentum].status == "undefined" and "exactly zero" in found[momentum].reason
     assert "away from 0" in found[momentum].remedy
+    assert found[decay].status == "exists"
+    assert check(optimizer=damped(0.0))[momentum].status == "exists"
+    # A tensor may have another value at the next call, and momentum then jumps.
+    assert check(optimizer=damped(torch.tensor(0.0)))[momentum].status == "undefined"
 
 
 def test_a_kink_at_the_present_value_is_undefined() -> None:

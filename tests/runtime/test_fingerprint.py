@@ -141,6 +141,20 @@ def test_a_closure_tensor_that_begins_to_require_grad() -> None:
     assert factor.grad is not None and factor.grad != 0
 
 
+def test_the_mode_of_a_network_in_a_closure() -> None:
+    """The loss sees it through a closure, where no label of the program names it."""
+    setting = Setting()
+    critic = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).requires_grad_(False).eval()
+    loss = lambda p, t: F.cross_entropy(critic[0](p) if critic[1].training else p, t)  # noqa: E731
+    program = unrollc.compile(setting.model, setting.opt, loss)
+    before = program(setting.train, setting.val).loss
+    critic.train()
+    again = program(setting.train, setting.val).loss
+    fresh = unrollc.compile(setting.model, setting.opt, loss)(setting.train, setting.val).loss
+    torch.testing.assert_close(again, fresh, rtol=1e-14, atol=0)
+    assert not torch.equal(before, again)
+
+
 def test_a_child_called_loss() -> None:
     """Its labels do not meet those of the loss module."""
 

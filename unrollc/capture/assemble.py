@@ -19,6 +19,7 @@ _ORDER = (
     Role.THETA,
     Role.OPT_STATE,
     Role.BUFFER,
+    Role.AVERAGE,
     Role.HYPER,
     Role.CONTEXT,
     Role.CONSTANT,

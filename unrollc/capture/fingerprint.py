@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import types
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import optimizer
 
 from unrollc.capture.problem import Objective, Problem
 
@@ -21,12 +23,20 @@ _MODULE_PARTS = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers
 _OPTIMIZER_PARTS = {"state", "param_groups", "step"}
 
 
+def step_hooks_of(opt: torch.optim.Optimizer) -> list[Any]:
+    """The hooks that run around an optimizer's step, those of all optimizers included."""
+    own = [getattr(opt, f"_optimizer_step_{when}_hooks", {}) for when in ("pre", "post")]
+    shared = (optimizer._global_optimizer_pre_hooks, optimizer._global_optimizer_post_hooks)
+    return [hook for hooks in (*own, *shared) for hook in hooks.values()]
+
+
 class Fingerprint:
     """A hashable description of Python values.
 
     Numbers, strings and containers of them count by value; functions by their code, defaults,
-    closures and the globals that they name; anything else by identity, and is kept alive so that
-    no other object can take its place.
+    closures and the globals that they name; modules by the attributes and modes of all within
+    them, and by identity unless the problem knows them by name; anything else by identity, and is
+    kept alive so that no other object can take its place.
 
     Attributes:
         pinned: The objects that count by identity.
@@ -34,14 +44,14 @@ class Fingerprint:
 
     def __init__(self) -> None:
         self.pinned: list[Any] = []
+        self._known: dict[int, str] = {}
 
     def of_problem(self, problem: Problem) -> tuple[Any, ...]:
         """Module attributes, modes and hooks, optimizer attributes, and what losses refer to."""
         parts: list[Any] = []
+        self._known = {id(module): prefix for prefix, module in problem.modules.items()}
         for prefix, module in problem.modules.items():
-            for name, child in module.named_modules():
-                own = {k: v for k, v in vars(child).items() if k not in _MODULE_PARTS}
-                parts.append((prefix + name, type(child), self.of(own)))
+            parts.append((prefix, self._children(module, _DEPTH + 1)))
             for name, parameter in module.named_parameters():
                 if parameter._backward_hooks:
                     parts.append((prefix + name, self.of(dict(parameter._backward_hooks))))
@@ -49,7 +59,18 @@ class Fingerprint:
         parts.append((type(problem.opt), self.of(own)))
         for loss in (problem.loss, problem.val_loss):
             parts.append(self.of(loss.fn if isinstance(loss, Objective) else loss))
+        parts.append(self.of(problem.grad_transform))
+        if problem.average is not None:
+            parts.append(self.of({k: v for k, v in vars(problem.average).items() if k[0] != "_"}))
+            parts.append(type(problem.average))
+        parts += [self.of(hook) for hook in step_hooks_of(problem.opt)]
         return tuple(parts)
+
+    def of_code(self, code: Any) -> Any:
+        """A function, or a module with the attributes of all its parts."""
+        if not isinstance(code, nn.Module):
+            return self.of(code)
+        return self._children(code, _DEPTH + 1)
 
     def of(self, value: Any, depth: int = _DEPTH) -> Any:
         """The description of one value."""
@@ -60,6 +81,13 @@ class Fingerprint:
         if depth and isinstance(value, dict) and len(value) <= _ITEMS:
             items = (self.of(pair, depth - 1) for pair in value.items())
             return (type(value).__name__, *items)
+        if isinstance(value, functools.partial) and depth:
+            given = (value.func, value.args, value.keywords)
+            return ("partial", *(self.of(part, depth) for part in given))
+        if id(value) in self._known:
+            return ("module", self._known[id(value)])
+        if depth and isinstance(value, nn.Module):
+            return (self._identity(value), self._children(value, depth))
         if isinstance(value, types.MethodType):
             return ("method", self.of(value.__func__, depth), self._owner(value, depth))
         if isinstance(value, types.FunctionType):
@@ -69,6 +97,14 @@ class Fingerprint:
             if isinstance(plain, dict) and callable(value):
                 return (self._identity(value), self.of(plain, depth - 1))
         return self._identity(value)
+
+    def _children(self, root: nn.Module, depth: int) -> tuple[Any, ...]:
+        """Attributes and modes of a module and of all within it."""
+        rows = []
+        for name, child in root.named_modules():
+            own = {k: v for k, v in vars(child).items() if k not in _MODULE_PARTS}
+            rows.append((name, type(child), self.of(own, depth - 1)))
+        return tuple(rows)
 
     def _owner(self, method: types.MethodType, depth: int) -> Any:
         owner = method.__self__

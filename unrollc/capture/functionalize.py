@@ -92,7 +92,7 @@ def keep_history(recorder: Recorder, target: Tensor, before: fx.Node | None) -> 
     if before is None or after is None or after is before or after not in recorder._stopped:
         return
     source = recorder._line()
-    history = recorder._after_stop(before)
+    history = recorder.after_stop(before)
     kept = recorder.graph.call_function(ATTACH, (after, history))
     kept.meta.update(phase=recorder.phase, source=source, val=after.meta["val"])
     recorder._stopped[after] = kept
@@ -106,33 +106,9 @@ def keep_source(recorder: Recorder, source: Tensor, before: fx.Node | None) -> N
     after = recorder.node_of(source)
     if before is None or after is None or after is before:
         return
-    kept = recorder.graph.call_function(ATTACH, (after, recorder._after_stop(before)))
+    kept = recorder.graph.call_function(ATTACH, (after, recorder.after_stop(before)))
     kept.meta.update(phase=recorder.phase, source=recorder._line(), val=after.meta["val"])
     while torch._C._functorch.is_functorch_wrapped_tensor(source):
         source = torch._C._functorch.get_unwrapped(source)
     fake = from_functional(source) if isinstance(source, FunctionalTensor) else source
     recorder._nodes[id(fake)] = kept
-
-
-def repeat_in_phase(recorder: Recorder, tensor: Tensor) -> None:
-    """Let what follows read a value of its own phase, computed again from the inputs.
-
-    A forward may change a fast weight in place (an embedding with ``max_norm``), and the
-    update reads the new value. Differentiation cuts a step where the update reads the inner
-    gradients, so nothing else may cross.
-    """
-    made = recorder.node_of(tensor)
-    assert made is not None
-    end = recorder._after_stop(made)
-    needed, stack = set(), [end]
-    while stack:
-        node = stack.pop()
-        if node not in needed and node.op == "call_function":
-            needed.add(node)
-            stack.extend(node.all_input_nodes)
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in [each for each in recorder.graph.nodes if each in needed]:
-        copies[node] = recorder.graph.node_copy(node, lambda n: copies.get(n, n))
-        copies[node].meta = {**node.meta, "phase": recorder.phase}
-    renamed = {key: copies[end] for key, node in recorder._nodes.items() if node is made and copies}
-    recorder._nodes.update(renamed)

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import sys
+import threading
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -60,10 +62,13 @@ def declared_functions(recorder: Recorder) -> Iterator[None]:
 
     Under `torch.func` every ``apply`` (also one that was looked up earlier, as in
     ``ste = STE.apply``) ends in ``custom_function_call``, which is replaced here; functions of the
-    older style, without ``setup_context``, are let through to it.
+    older style, without ``setup_context``, are let through to it. A network that an optimizer runs
+    stands under no `torch.func`; there ``apply`` is told that it does.
     """
     original = _autograd_function.custom_function_call
     has_setup = _autograd_function._is_setup_context_defined
+    transforming = torch._C._are_functorch_transforms_active
+    thread = threading.get_ident()
 
     def call(cls: Any, *args: Any, **kwargs: Any) -> Any:
         if cls.__module__ == "torch.nn.modules._functions":
@@ -73,17 +78,32 @@ def declared_functions(recorder: Recorder) -> Iterator[None]:
                 why="it writes into tensors that it makes, and its backward has no derivative",
                 remedy="use a module that is made of differentiable ops",
             )
-        if cls.__module__.startswith("torch.") or issubclass(cls, _Declared):
+        if _is_torchs(cls):
             return original(cls, *args, **kwargs)
+        if not transforming():
+            return _recorded_with_derivative(cls, recorder, args)
         return _apply_declared(cls, recorder, args)
+
+    def asked() -> bool:
+        if transforming() or not recorder.networks_running or thread != threading.get_ident():
+            return transforming()
+        caller = sys._getframe(1)
+        applied = caller.f_code is Function.apply.__func__.__code__  # type: ignore[attr-defined]
+        return applied and not _is_torchs(caller.f_locals["cls"])
 
     _autograd_function.custom_function_call = call
     _autograd_function._is_setup_context_defined = lambda setup: has_setup(setup) or _OldStyle()
+    torch._C._are_functorch_transforms_active = asked
     try:
         yield
     finally:
         _autograd_function.custom_function_call = original
         _autograd_function._is_setup_context_defined = has_setup
+        torch._C._are_functorch_transforms_active = transforming
+
+
+def _is_torchs(cls: Any) -> bool:
+    return bool(cls.__module__.startswith("torch.") or issubclass(cls, _Declared))
 
 
 class _OldStyle:
@@ -105,7 +125,19 @@ class _Declared(Function):
     """Base of the functions made by `_apply_declared`, so that they are not made again."""
 
 
-def _apply_declared(cls: Any, recorder: Recorder, args: tuple[Any, ...]) -> Any:
+def _recorded_with_derivative(cls: Any, recorder: Recorder, args: tuple[Any, ...]) -> Any:
+    """The outputs of a function whose ops are recorded and differentiated later."""
+    _refuse_once_differentiable(cls, recorder)
+    slots = [index for index, value in enumerate(args) if isinstance(value, Tensor)]
+    context = _Context(_needs(args))
+    outputs, single = _run_forward(cls, context, list(args))
+    if not recorder.stops_gradient():
+        with recorder.declared():
+            outputs = _attach(cls, context, args, slots, tuple(args[i] for i in slots), outputs)
+    return outputs[0] if single else tuple(outputs)
+
+
+def _refuse_once_differentiable(cls: Any, recorder: Recorder) -> None:
     if hasattr(cls.backward, "__wrapped__"):
         raise CaptureError(
             f"{cls.__name__}.backward is marked once_differentiable",
@@ -113,6 +145,10 @@ def _apply_declared(cls: Any, recorder: Recorder, args: tuple[Any, ...]) -> Any:
             why="a meta-gradient differentiates the inner gradient, and with it this backward",
             remedy="remove once_differentiable if backward is made of differentiable ops",
         )
+
+
+def _apply_declared(cls: Any, recorder: Recorder, args: tuple[Any, ...]) -> Any:
+    _refuse_once_differentiable(cls, recorder)
     slots = [index for index, value in enumerate(args) if isinstance(value, Tensor)]
     shape: dict[str, Any] = {}
 

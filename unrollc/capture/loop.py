@@ -8,6 +8,7 @@ step is captured anew. Steps whose graphs agree share one.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -17,12 +18,12 @@ from torch import Tensor
 
 from unrollc.capture.assemble import Concretes, assemble_graph, closure_label, same_graph
 from unrollc.capture.batches import Batches
+from unrollc.capture.layout import Layout, Manner, changed_numbers
 from unrollc.capture.naming import Names
 from unrollc.capture.one_step import Kind, Shared, Start, StepRecording
-from unrollc.capture.optimizer import Layout
-from unrollc.capture.problem import PerStep, Problem, Stock
+from unrollc.capture.problem import PerStep, Problem, Stock, read_again
 from unrollc.capture.zero_branch import through_zero_branch
-from unrollc.errors import InputError
+from unrollc.errors import CaptureError, InputError
 from unrollc.step import Role, StepGraph
 
 
@@ -38,6 +39,7 @@ class Loop:
         layout: The optimizer's layout after the last step.
         lifted: Tensors that the user's code brought in from outside, by label.
         scalars: Hyperparameters and counters after the last step, where they are known.
+        manner: How the optimizer was captured.
     """
 
     steps: tuple[StepGraph, ...]
@@ -47,6 +49,7 @@ class Loop:
     layout: Layout
     lifted: dict[str, Tensor]
     scalars: dict[str, Tensor]
+    manner: Manner
 
     def holds(
         self, concrete: Mapping[str, Any], train: Batches, after: Concretes, val: Batches
@@ -105,7 +108,7 @@ def known_scalars(stock: Stock) -> dict[str, Any]:
     """Scalars whose values capture may look at: hyperparameters and counters."""
     counters = {
         label: tensor.detach().cpu()
-        for label, tensor in {**stock.opt_state, **stock.buffers}.items()
+        for label, tensor in {**stock.opt_state, **stock.buffers, **_counts(stock)}.items()
         if tensor.dim() == 0 and tensor.device.type != "meta"
     }
     hyper = {
@@ -113,6 +116,11 @@ def known_scalars(stock: Stock) -> dict[str, Any]:
         for label, value in stock.hyper.items()
     }
     return {**counters, **hyper}
+
+
+def _counts(stock: Stock) -> dict[str, Tensor]:
+    """How many models an average is of; averaged weights are no known numbers."""
+    return {k: t for k, t in stock.average.items() if not t.is_floating_point()}
 
 
 def capture_loop(
@@ -138,7 +146,47 @@ def capture_loop(
         InputError: If a `PerStep` has another length than T.
     """
     _check_per_step(stock, train.steps)
-    shared = Shared(extra, names, [])
+    try:
+        return _capture_in(Manner(), problem, stock, train, extra, requested, names)
+    except CaptureError as error:
+        if error.in_update:
+            with contextlib.suppress(CaptureError):  # the plain path's error is the one to read
+                manner = Manner(foreach=True)
+                return _capture_in(manner, problem, stock, train, extra, requested, names)
+        raise
+
+
+def _capture_in(
+    manner: Manner,
+    problem: Problem,
+    stock: Stock,
+    train: Batches,
+    extra: tuple[str, ...],
+    requested: frozenset[str],
+    names: Names,
+) -> Loop:
+    """The loop with the optimizer captured in this manner and, where its steps change plain
+    numbers, with these as tensors."""
+    while True:
+        stock = read_again(problem, stock, manner)
+        found = _capture_with(problem, stock, train, requested, Shared(extra, names, [], manner))
+        if isinstance(found, Loop):
+            return found
+        manner = replace(manner, moving=manner.moving | found)
+
+
+def _capture_with(
+    problem: Problem,
+    stock: Stock,
+    train: Batches,
+    requested: frozenset[str],
+    shared: Shared,
+) -> Loop | frozenset[str]:
+    """The loop, or the labels of plain numbers that turned out to change from step to step.
+
+    With each value of such a number a step would be another one, so capture starts again with
+    these numbers as tensors.
+    """
     raw: list[StepGraph] = []
     kinds: list[Kind] = []
     sequence: list[int] = []
@@ -159,6 +207,8 @@ def capture_loop(
             recording = functools.partial(StepRecording, problem, stock, start, shared)
             record = functools.partial(_record, recording, train, step, concrete)
             graph, kind = through_zero_branch(record, requested, stock, train.at(step))
+            if found := changed_numbers(kind.before, kind.after):
+                return found
             index = next((i for i, old in enumerate(raw) if same_graph(old, graph)), len(raw))
             if index == len(raw):
                 raw.append(graph)
@@ -177,7 +227,7 @@ def capture_loop(
             seen = {**_at_step(scalars, later), **known, **_given([kind], shared, train, later)}
             known = {**hyper, **kind.concretes.advance(seen)}
     lifted_by_label = {closure_label(index): tensor for index, tensor in enumerate(shared.lifted)}
-    steps = _with_settled_buffers(raw)
+    steps = _with_settled_state(raw, stock)
     return Loop(
         steps=steps,
         sequence=tuple(kinds[index].graph for index in sequence),
@@ -186,6 +236,7 @@ def capture_loop(
         layout=layout,
         lifted=lifted_by_label,
         scalars=known,
+        manner=shared.manner,
     )
 
 
@@ -228,27 +279,34 @@ def _reusable(
     return None
 
 
-def _with_settled_buffers(raw: list[StepGraph]) -> tuple[StepGraph, ...]:
-    """The step graphs with buffers that no step changes as context."""
-    changing = set()
+def _with_settled_state(raw: list[StepGraph], stock: Stock) -> tuple[StepGraph, ...]:
+    """The step graphs with buffers and optimizer state that no step changes as context.
+
+    State that requires grad keeps its role: its gradient is that of the state the loop starts from.
+    """
+    settled = {label for label, t in stock.opt_state.items() if not t.requires_grad}
+    settled |= set(stock.buffers)
     for graph in raw:
-        by_label = {value.label: node for value, node in graph.inputs_with(Role.BUFFER)}
-        for value, node in graph.outputs_with(Role.BUFFER):
-            if node is not by_label[value.label]:
-                changing.add(value.label)
-    return tuple(_retyped(graph, changing) for graph in raw)
+        by_label = {value.label: node for value, node in graph.inputs_with(*_SETTLING)}
+        for value, node in graph.outputs_with(*_SETTLING):
+            if node is not by_label.get(value.label):
+                settled.discard(value.label)
+    return tuple(_retyped(graph, settled) for graph in raw)
 
 
-def _retyped(graph: StepGraph, changing: set[str]) -> StepGraph:
+_SETTLING = (Role.BUFFER, Role.OPT_STATE)
+
+
+def _retyped(graph: StepGraph, settled: set[str]) -> StepGraph:
     inputs = tuple(
         replace(value, role=Role.CONTEXT)
-        if value.role is Role.BUFFER and value.label not in changing
+        if value.role in _SETTLING and value.label in settled
         else value
         for value in graph.inputs
     )
     outputs = tuple(
         (value, node)
         for value, node in zip(graph.outputs, graph.results, strict=True)
-        if value.role is not Role.BUFFER or value.label in changing
+        if value.role not in _SETTLING or value.label not in settled
     )
     return assemble_graph(graph, zip(inputs, graph.placeholders, strict=True), outputs)

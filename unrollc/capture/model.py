@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DynamicOutputShapeException
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.overrides import TorchFunctionMode
@@ -161,17 +162,7 @@ def run_user_loss(
         tensors: Replacements by label; buffers that the forward rebinds are updated in it.
         batch: ``(inputs, target)``, or what an objective takes.
     """
-    with contextlib.ExitStack() as stack:
-        for prefix, module in problem.modules.items():
-            own = {
-                label.removeprefix(prefix): tensor
-                for label, tensor in tensors.items()
-                if label.startswith(prefix)
-            }
-            stack.enter_context(_swapped(module, own, prefix, tensors))
-        originals = {**stock.theta, **stock.context, **stock.buffers}
-        replacements = {id(t): tensors[label] for label, t in originals.items()}
-        stack.enter_context(_Substituted(replacements, recorder))
+    with in_place_of_users(problem, stock, recorder, tensors):
         recorder.phase = Phase.FORWARD
         if isinstance(loss, Objective):
             value = loss.fn(problem.model, batch)
@@ -184,9 +175,47 @@ def run_user_loss(
 
 
 @contextlib.contextmanager
-def _swapped(
+def in_place_of_users(
+    problem: Problem, stock: Stock, recorder: Recorder, tensors: dict[str, Tensor]
+) -> Iterator[None]:
+    """User code inside meets traced tensors wherever it reaches for its own.
+
+    Args:
+        problem: The user's objects.
+        stock: Their tensors.
+        recorder: Where the code is recorded.
+        tensors: Replacements by label; buffers that the code rebinds are updated in it.
+    """
+    with contextlib.ExitStack() as stack:
+        modules: dict[str, nn.Module] = dict(problem.modules)
+        if problem.average is not None:
+            modules[problem.average_prefix] = problem.average
+        for prefix, module in modules.items():
+            own = {
+                label.removeprefix(prefix): tensor
+                for label, tensor in tensors.items()
+                if label.startswith(prefix)
+            }
+            stack.enter_context(swapped(module, own, prefix, tensors))
+        originals = {**stock.theta, **stock.context, **stock.buffers, **stock.average}
+        known = {label: t for label, t in originals.items() if label in tensors}
+        replacements = {id(t): tensors[label] for label, t in known.items()}
+        stack.enter_context(_Substituted(replacements, recorder))
+        yield
+
+
+@contextlib.contextmanager
+def swapped(
     module: nn.Module, own: dict[str, Tensor], prefix: str, tensors: dict[str, Tensor]
 ) -> Iterator[None]:
+    """While traced tensors stand in a module.
+
+    Args:
+        module: The user's module.
+        own: The tensors by name.
+        prefix: What their labels start with.
+        tensors: Updated with those that code inside rebinds.
+    """
     names = {name for name, _ in module.named_parameters()} | {n for n, _ in module.named_buffers()}
     own = {name: tensor for name, tensor in own.items() if name in names}
     with _reparametrize_module(module, own, tie_weights=True):
@@ -285,6 +314,14 @@ def explained(
         yield
     except (UnrollcError, AssertionError):
         raise
+    except DynamicOutputShapeException as error:
+        raise CaptureError(
+            "the shape of a result depends on the data",
+            where=error_source(error),
+            why=f"{error.func} returns as many elements as meet a condition (boolean indexing, "
+            "nonzero, unique), so one graph cannot stand for all inputs",
+            remedy="keep all elements and use torch.where or a product with the mask",
+        ) from error
     except Exception as error:
         raise CaptureError(
             f"{what} cannot be captured: {type(error).__name__}: {error}",

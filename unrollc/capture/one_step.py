@@ -16,22 +16,28 @@ from unrollc.capture.assemble import (
     concretes_of,
     labels_of_nodes,
 )
+from unrollc.capture.averaging import run_user_average
 from unrollc.capture.batches import Batches
-from unrollc.capture.functionalize import repeat_in_phase
+from unrollc.capture.fingerprint import step_hooks_of
+from unrollc.capture.gradients import run_user_transform
+from unrollc.capture.layout import Layout, Manner
 from unrollc.capture.model import (
     capturing,
     explained,
+    in_place_of_users,
     inner_gradient,
     module_names,
     with_parameter_hooks,
 )
 from unrollc.capture.naming import Names
-from unrollc.capture.optimizer import Layout, run_user_update
+from unrollc.capture.networks import running
+from unrollc.capture.optimizer import run_user_update
 from unrollc.capture.problem import PerStep, Problem, Stock
 from unrollc.capture.record import Recorder
 from unrollc.capture.source import SourceFinder
-from unrollc.errors import Source
-from unrollc.step import STATE_ROLES, Phase, Role, StepGraph, Value, verify_update
+from unrollc.capture.step_hooks import step_hooks
+from unrollc.errors import CaptureError, Source
+from unrollc.step import STATE_ROLES, Phase, Role, StepGraph, Value
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,24 @@ class Cut:
 
 
 @dataclass(frozen=True)
+class Branch:
+    """A test of a hyperparameter that decided which code was captured.
+
+    Attributes:
+        labels: Labels of the hyperparameters that the test depends on.
+        source: Its line.
+        outcome: What it came to.
+        assumed: Whether it came to that for a hyperparameter that is exactly zero, where both
+            branches compute the same (see `zero_branch`).
+    """
+
+    labels: tuple[str, ...]
+    source: Source | None
+    outcome: bool
+    assumed: bool
+
+
+@dataclass(frozen=True)
 class Kind:
     """One captured step and the conditions under which it stands for another.
 
@@ -63,6 +87,7 @@ class Kind:
         tuned: Known scalars after the step that tensor hyperparameters had a part in, with the
             labels of these.
         zero_tests: Hyperparameters that are exactly zero where the code asks whether they are.
+        branches: Tests of hyperparameters, with their outcome.
     """
 
     graph: int
@@ -74,6 +99,7 @@ class Kind:
     cuts: tuple[Cut, ...]
     tuned: dict[str, tuple[str, ...]]
     zero_tests: tuple[tuple[str, Source | None], ...]
+    branches: tuple[Branch, ...]
 
 
 @dataclass(frozen=True)
@@ -99,11 +125,13 @@ class Shared:
         extra: Labels of tensors besides θ whose inner-loss gradient is recorded as well.
         names: Identifiers for labels.
         lifted: Tensors from outside found so far; captures append to it.
+        manner: How the optimizer is captured.
     """
 
     extra: tuple[str, ...]
     names: Names
     lifted: list[Tensor]
+    manner: Manner
 
 
 class StepRecording:
@@ -114,7 +142,8 @@ class StepRecording:
         self.layout, self.state, self.tuned = start.layout, start.state, start.tuned
         self.names = shared.names
         self.recorder = Recorder(SourceFinder(module_names(problem)))
-        self.recorder.fast = {id(tensor): label for label, tensor in stock.theta.items()}
+        changing = {**stock.theta, **stock.opt_state, **stock.average}
+        self.recorder.fast = {id(tensor): label for label, tensor in changing.items()}
         self.values: list[Value] = []
 
     def capture(
@@ -147,8 +176,12 @@ class StepRecording:
         def run_user_step(*tensors: Tensor) -> dict[str, Any]:
             return self._step(dict(zip(labels, tensors, strict=True)), train)
 
-        with capturing(self.problem, recorder), explained("the inner step"):
-            results = recorder.run(run_user_step, inputs)
+        try:
+            with capturing(self.problem, recorder), explained("the inner step"):
+                results = recorder.run(run_user_step, inputs)
+        except CaptureError as error:
+            error.in_update = recorder.phase is Phase.UPDATE
+            raise
         after: Layout = results["layout"]
         state_after: dict[str, Tensor] = results["state"]
         outputs = self._outputs(results)
@@ -163,7 +196,6 @@ class StepRecording:
         lifted = self.shared.lifted
         graph = assemble(recorder, self.values, outputs, self.names, lifted)
         self._name_lifted()
-        verify_update(graph)
         for value, gradient in graph.outputs_with(Role.GRADIENT):
             if gradient is not None:
                 gradient.meta["called"] = f"grad_{value.name}"
@@ -183,6 +215,7 @@ class StepRecording:
             ),
             tuned=tuned,
             zero_tests=tuple(recorder.zero_tests),
+            branches=_branches(recorder),
         )
         return graph, kind
 
@@ -211,6 +244,7 @@ class StepRecording:
             (Role.THETA, stock.theta),
             (Role.OPT_STATE, self.state),
             (Role.BUFFER, stock.buffers),
+            (Role.AVERAGE, stock.average),
             (Role.HYPER, hyper),
             (Role.CONTEXT, stock.context),
             (Role.BATCH, dict(zip(train.labels, train.at(step), strict=True))),
@@ -231,7 +265,7 @@ class StepRecording:
         recorder, stock = self.recorder, self.stock
         extra = {label: tensors[label] for label in self.shared.extra}
         theta = {label: tensors[label] for label in stock.theta}
-        rest = {label: tensors[label] for label in (*stock.context, *stock.buffers)}
+        rest = {label: tensors[label] for label in (*stock.context, *stock.buffers, *stock.average)}
         rest = {label: tensor for label, tensor in rest.items() if label not in extra}
 
         def batch(wrapped: Mapping[str, Tensor]) -> Any:
@@ -247,8 +281,9 @@ class StepRecording:
         hooked = {k: g.clone() for k, g in with_parameter_hooks(stock.theta, reached).items()}
         gradient_nodes = {label: recorder.node_of(g) for label, g in hooked.items()}
         recorder.phase = Phase.UPDATE
-        for tensor in theta.values():
-            repeat_in_phase(recorder, tensor)
+        after = {**theta, **extra, **after}
+        if self.problem.grad_transform is not None:
+            hooked = run_user_transform(self.problem, stock, recorder, after, hooked)
         frozen = {
             stock.owners[id(parameter)]
             for group in self.problem.opt.param_groups
@@ -256,10 +291,31 @@ class StepRecording:
         } - set(theta)
         held = {label: tensors[label] for label in (*theta, *frozen)}
         known = {**held, **{label: tensors[label] for label in (*self.state, *stock.hyper)}}
-        layout, state = run_user_update(
-            self.problem.opt, recorder, self.layout, stock.owners, known, hooked
-        )
+        hyper = {label: tensors[label] for label in stock.hyper}
+        # Hooks swap by themselves, the fast weights included.
+        swapped = set() if step_hooks_of(self.problem.opt) else {*stock.context, *stock.buffers}
+        own = {label: after[label] for label in swapped}
+        with (
+            running(self.problem.networks, recorder, after),
+            in_place_of_users(self.problem, stock, recorder, own),
+            step_hooks(self.problem, stock, recorder, after, hyper),
+        ):
+            layout, state = run_user_update(
+                self.problem.opt,
+                recorder,
+                self.layout,
+                stock.owners,
+                known,
+                hooked,
+                stock.hyper,
+                self.shared.manner,
+            )
+        after.update(own)
+        average = {label: after.pop(label) for label in stock.average}
+        if average:
+            average = run_user_average(self.problem, stock, recorder, after, average)
         return {
+            "average": average,
             "theta": {label: known[label] for label in theta},
             "state": state,
             "buffers": {label: after[label] for label in stock.buffers},
@@ -280,6 +336,9 @@ class StepRecording:
         def add(role: Role, label: str, tensor: Tensor, of: Role | None = None) -> None:
             node = self.recorder.node_of(tensor)
             assert node is not None, f"{label} was not recorded"
+            counter = node in self.recorder.concrete and not tuned_by(node)
+            if role in STATE_ROLES and not counter:  # a buffer may be updated under no_grad
+                node = self.recorder.after_stop(node)
             found.append((Value(role, label, self.names(label), of), node))
 
         for label, tensor in results["theta"].items():
@@ -288,6 +347,8 @@ class StepRecording:
             add(Role.OPT_STATE, label, tensor)
         for label, tensor in results["buffers"].items():
             add(Role.BUFFER, label, tensor)
+        for label, tensor in results["average"].items():
+            add(Role.AVERAGE, label, tensor)
         add(Role.LOSS, "loss", results["loss"])
         for label, node in results["gradients"].items():
             found.append((Value(Role.GRADIENT, label, self.names(label), Role.THETA), node))
@@ -295,6 +356,18 @@ class StepRecording:
         for label, tensor in results["extra"].items():
             add(Role.GRADIENT, label, tensor, roles[label])
         return found
+
+
+def _branches(recorder: Recorder) -> tuple[Branch, ...]:
+    """The truth values that Python took from hyperparameters, each line once."""
+    assumed = [Branch(tuned_by(g.node), g.source, bool(g.value), True) for g in recorder.assumed]
+    lines = {branch.source for branch in assumed}
+    found = [
+        Branch(tuned_by(guard.node), guard.source, bool(guard.value), False)
+        for guard in recorder.guards
+        if guard.truth and guard.source not in lines
+    ]
+    return tuple(dict.fromkeys(branch for branch in (*assumed, *found) if branch.labels))
 
 
 def tuned_by(node: fx.Node) -> tuple[str, ...]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.swa_utils import AveragedModel
 from torch.utils import _pytree as pytree
 
-from unrollc.capture.optimizer import Layout, hyper_label, read_layout
+from unrollc.capture.layout import Layout, Manner, hyper_label, read_layout
+from unrollc.capture.networks import networks_of
 from unrollc.errors import InputError
 
 
@@ -60,6 +63,9 @@ def objective(fn: Callable[[nn.Module, Any], Tensor]) -> Objective:
 
 Loss = Callable[..., Tensor] | nn.Module | Objective
 
+#: Called with the parameters whose ``.grad`` is set, between backward pass and optimizer step.
+Transform = Callable[[list[Tensor]], Any]
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -69,16 +75,42 @@ class Problem:
     opt: torch.optim.Optimizer
     loss: Loss
     val_loss: Loss
+    grad_transform: Transform | None = None
+    scheduler: LRScheduler | None = None
+    average: AveragedModel | None = None
 
     @property
     def modules(self) -> dict[str, nn.Module]:
         """The modules whose tensors are captured, by the prefix of their labels."""
+        return self._given | self.networks
+
+    @property
+    def _given(self) -> dict[str, nn.Module]:
         found = {"": self.model}
         if isinstance(self.loss, nn.Module):
             found[self._prefix("loss")] = self.loss
         if isinstance(self.val_loss, nn.Module) and self.val_loss is not self.loss:
             found[self._prefix("val_loss")] = self.val_loss
+        if isinstance(self.grad_transform, nn.Module):
+            found[self._prefix("grad_transform")] = self.grad_transform
         return found
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """The modules of a learned optimizer, none of which the problem holds otherwise."""
+        roots = [*self._given.values(), self.average]
+        known = {id(module) for root in roots if root is not None for module in root.modules()}
+        found: dict[str, nn.Module] = {}
+        for label, module in networks_of(self.opt, self._prefix("opt")[:-1]).items():
+            if id(module) not in known:
+                found[label] = module
+                known.update(id(child) for child in module.modules())
+        return found
+
+    @property
+    def average_prefix(self) -> str:
+        """What labels of averaged tensors start with."""
+        return self._prefix("average")
 
     def _prefix(self, name: str) -> str:
         """``loss.``, with underscores behind the name where the model has such a child."""
@@ -94,12 +126,15 @@ class Stock:
 
     Attributes:
         theta: Parameters that the optimizer updates: θ_0.
-        context: Other parameters of model and losses, the optimizer's frozen ones included.
-        buffers: Buffers of model and losses.
+        context: Other parameters of the model, those that the optimizer holds frozen included,
+            and the parameters of losses and of the optimizer's networks.
+        buffers: Buffers of all these.
         hyper: Tensor hyperparameters; a `PerStep` stays one.
         opt_state: Tensors in the optimizer's state.
         layout: The optimizer's state and groups without their tensors.
         owners: Labels of parameters by id.
+        average: Tensors of the averaged model.
+        behind: Tensors of the user's that a scheduled hyperparameter is computed from.
     """
 
     theta: dict[str, Tensor]
@@ -109,6 +144,8 @@ class Stock:
     opt_state: dict[str, Tensor]
     layout: Layout
     owners: dict[int, str]
+    average: dict[str, Tensor] = field(default_factory=dict)
+    behind: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
 
     @property
     def differentiable(self) -> dict[str, Tensor]:
@@ -141,8 +178,19 @@ def take_stock(problem: Problem) -> Stock:
                 buffers[prefix + name] = buffer
     theta = _held_parameters(problem.opt, owners)
     context = {label: p for label, p in parameters.items() if label not in theta}
-    layout, opt_state = read_layout(problem.opt, owners)
-    return Stock(theta, context, buffers, read_hyper(problem.opt), opt_state, layout, owners)
+    average: dict[str, Tensor] = {}
+    if problem.average is not None:
+        held = (*problem.average.named_parameters(), *problem.average.named_buffers())
+        average = {problem.average_prefix + name: tensor for name, tensor in held}
+    hyper = read_hyper(problem.opt)
+    layout, opt_state = read_layout(problem.opt, owners, Manner())
+    return Stock(theta, context, buffers, hyper, opt_state, layout, owners, average)
+
+
+def read_again(problem: Problem, stock: Stock, manner: Manner) -> Stock:
+    """`stock` with the optimizer's layout and state tensors as this manner takes them."""
+    layout, opt_state = read_layout(problem.opt, stock.owners, manner)
+    return replace(stock, layout=layout, opt_state=opt_state)
 
 
 def _check_initialised(label: str, parameter: Tensor) -> None:

@@ -16,13 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensor,
-    FakeTensorMode,
-)
-from torch._subclasses.functional_tensor import FunctionalTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensor, disable_functional_mode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -86,6 +81,8 @@ class Recorder(TorchDispatchMode):
             from outside would see a stale value.
         nonzero: Labels of hyperparameters for which ``x != 0`` is answered with yes.
         zero_tests: Hyperparameters equal to zero that the code compared with zero.
+        assumed: Answers given for `nonzero`; the graph is valid under the others as well.
+        networks_running: How many forwards of an optimizer's networks are on the stack.
     """
 
     def __init__(self, sources: SourceFinder, fake_mode: FakeTensorMode | None = None) -> None:
@@ -102,8 +99,10 @@ class Recorder(TorchDispatchMode):
         self.nonzero: frozenset[str] = frozenset()
         self.fast: dict[int, str] = {}
         self.zero_tests: list[tuple[str, Source | None]] = []
+        self.assumed: list[Guard] = []
         self.origin: fx.Node | None = None
         self.declaring = False
+        self.networks_running = 0
         self._sources = sources
         self._nodes: dict[int, fx.Node] = {}
         self._alive: list[Tensor] = []
@@ -129,16 +128,31 @@ class Recorder(TorchDispatchMode):
         while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
             tensor = torch._C._functorch.get_unwrapped(tensor)
         if isinstance(tensor, FunctionalTensor):
-            tensor = from_functional(tensor)
+            with self._beneath_functionalization():
+                tensor = from_functional(tensor)
         return self._nodes.get(id(tensor))
+
+    @contextlib.contextmanager
+    def _beneath_functionalization(self) -> Iterator[None]:
+        """Where a view of what was written to is made anew, this is recorded too."""
+        key = torch._C._TorchDispatchModeKey.FUNCTIONAL
+        running = torch._C._get_dispatch_mode(key) is not None
+        with disable_functional_mode() if running else contextlib.nullcontext(), self:
+            yield
+
+    def is_known(self, tensor: Tensor) -> bool:
+        """Whether the value of `tensor` depends on known scalars alone."""
+        return self.node_of(tensor) in self.concrete
 
     def run(self, body: Callable[..., Any], inputs: Sequence[Tensor]) -> Any:
         """Record `body(*inputs)`; its tensors come back as fake ones (see `node_of`)."""
         mode = RecordedFunctionalization(self)
         excluded = torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize)
-        with torch._C._ExcludeDispatchKeyGuard(excluded), mode:
-            results = body(*(FunctionalTensor.to_functional(tensor) for tensor in inputs))
-            return pytree.tree_map_only(FunctionalTensor, from_functional, results)
+        with torch._C._ExcludeDispatchKeyGuard(excluded):
+            with mode:
+                results = body(*(FunctionalTensor.to_functional(tensor) for tensor in inputs))
+            with self._beneath_functionalization():
+                return pytree.tree_map_only(FunctionalTensor, from_functional, results)
 
     def _placeholder(self, name: str, fake: Tensor) -> fx.Node:
         first = next(iter(self.graph.nodes), None)
@@ -182,27 +196,17 @@ class Recorder(TorchDispatchMode):
         if func is aten.as_strided_scatter.default:
             with self:
                 return scatter_strided(*args, **kwargs)
+        if func._schema.name.startswith("aten::_foreach_"):
+            with self:  # its plain kernel, which runs one op a tensor
+                return func._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
         if torch.Tag.nondeterministic_seeded in func.tags:
             return self._draw(func, args, kwargs)
-        result = self._run_fake(func, args, kwargs)
+        with self.fake_mode:
+            result = func(*args, **kwargs)
         if not isinstance(result, Tensor) and not tensors_in(result):
             return result
         self._write(func, args, kwargs, result)
         return result
-
-    def _run_fake(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        try:
-            with self.fake_mode:
-                return func(*args, **kwargs)
-        except (DynamicOutputShapeException, DataDependentOutputException) as error:
-            name = func._schema.name.split("::")[-1]
-            raise CaptureError(
-                f"the shape of the result of {name} depends on the data",
-                where=self._line(),
-                why="one graph cannot stand for inputs that give results of other shapes",
-                remedy="keep the shape: select with torch.where, masked_fill or a sum weighted by "
-                "a mask",
-            ) from error
 
     def _write(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
@@ -215,7 +219,7 @@ class Recorder(TorchDispatchMode):
 
         def reference(tensor: Tensor) -> fx.Node:
             node = self._nodes[id(tensor)]
-            return node if stop else self._after_stop(node)
+            return node if stop else self.after_stop(node)
 
         node_args, node_kwargs = map_tensors(reference, (args, kwargs))
         node = self.graph.call_function(func, node_args, node_kwargs)
@@ -243,7 +247,8 @@ class Recorder(TorchDispatchMode):
     def _transparent(self, func: Any, args: tuple[Any, ...], result: Any) -> fx.Node | None:
         """The node whose value an op hands on: ``copy`` its source, an optimizer's ``detach``
         its argument (there it means "do not track", and the update is differentiated later)."""
-        if func is aten.detach.default and self.phase is Phase.UPDATE and self.origin is None:
+        untracked = self.phase is Phase.UPDATE and not self.networks_running
+        if func is aten.detach.default and untracked and self.origin is None:
             return self._nodes[id(args[0])]
         if func is aten.copy.default:
             source = args[1]
@@ -264,7 +269,7 @@ class Recorder(TorchDispatchMode):
             raise CaptureError(
                 f"the code reads {self.fast[id(tensor)]} behind the model's back",
                 where=self._line(),
-                why="the parameter is a fast weight; a reference from outside (an attribute of "
+                why="it changes from step to step; a reference from outside (an attribute of "
                 "the optimizer, say) would see its initial value at every step",
                 remedy="reach it through the model or through optimizer.param_groups",
             )
@@ -332,7 +337,7 @@ class Recorder(TorchDispatchMode):
         if (label := self._zero_tested(node)) is not None:
             self.zero_tests.append((label, source))
             if label in self.nonzero:
-                return node.target in (aten.ne.Scalar, aten.gt.Scalar)
+                return self._as_if_positive(node, source)
         if node not in self.concrete:
             raise CaptureError(
                 "Python control flow or arithmetic depends on the data",
@@ -358,6 +363,20 @@ class Recorder(TorchDispatchMode):
             return None
         return str(labels[0]) if not self.concrete[tested].any() else None
 
+    def _as_if_positive(self, test: fx.Node, source: Source | None) -> bool:
+        """The answer of a test ``x != 0`` or ``x > 0`` for a positive x.
+
+        It stays so as long as x is not negative, which is guarded where the answer would change.
+        """
+        if test.target in (aten.gt.Scalar, aten.le.Scalar):
+            tested: Any = test.args[0]
+            negative = self.graph.call_function(aten.lt.Scalar, (tested, 0))
+            self.concrete[negative] = self.concrete[tested] < 0
+            self.guards.append(Guard(negative, False, source, truth=True))
+        answer = test.target in (aten.ne.Scalar, aten.gt.Scalar)
+        self.assumed.append(Guard(test, answer, source, truth=True))
+        return answer
+
     # -- lines and stopped gradients ----------------------------------------------------------
 
     def _line(self) -> Source | None:
@@ -379,10 +398,19 @@ class Recorder(TorchDispatchMode):
         return self.phase in (Phase.FORWARD, Phase.LOSS) and self.origin is None
 
     def stops_gradient(self) -> bool:
-        """Whether the user's ``no_grad`` is on in forward or loss: a stop-gradient."""
-        return self.in_user_code() and not self.declaring and not torch.is_grad_enabled()
+        """Whether the user's ``no_grad`` is on in forward or loss: a stop-gradient.
 
-    def _after_stop(self, node: fx.Node) -> fx.Node:
+        So it is in the forward of a network that the optimizer runs, not in its step around it.
+        """
+        network = self.phase is Phase.UPDATE and self.networks_running > 0
+        return (
+            (self.phase in (Phase.FORWARD, Phase.LOSS) or network)
+            and self.origin is None
+            and not self.declaring
+            and not torch.is_grad_enabled()
+        )
+
+    def after_stop(self, node: fx.Node) -> fx.Node:
         """`node`, behind a ``detach`` of its line where it was computed under ``no_grad``."""
         if node not in self._stopped:
             return node

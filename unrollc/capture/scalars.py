@@ -7,34 +7,37 @@ arithmetic, it does.
 
 from __future__ import annotations
 
-import builtins
-import contextlib
-import inspect
 import pathlib
 import sys
-import threading
-from collections.abc import Callable, Iterator
+import types
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.overrides import TorchFunctionMode
 
+from unrollc.capture.nests import tensors_in
 from unrollc.capture.record import Recorder
+from unrollc.errors import CaptureError
+
+_GRADIENT: Any = vars(torch._C.TensorBase)["grad"].__get__
 
 #: Where the optimizers of PyTorch live.
 _OPTIMIZERS = str(pathlib.Path(torch.optim.__file__).parent)
+_OURS = str(pathlib.Path(__file__).parent)
 
 
 class ScalarSlots(TorchFunctionMode):
     """Makes the places where arithmetic wants a number transparent to tensors.
 
     ``p.add_(g, alpha=lr)`` reads the number out of a tensor `lr` and cuts its gradient; here it
-    becomes ``p.add_(g * lr)``, and ``full_like(g, lr)`` an expanded `lr`. Step counters read by
-    ``.item()`` go on as 0-dim float64 tensors, which round as Python numbers do, so that one
-    graph serves every step. So does everything that `torch.optim` itself reads: its optimizers
-    take numbers for speed alone (`_get_value` is the identity under ``torch.compile``). Where
-    other code reads a tensor, a number is what it gets, and the lost gradient is reported.
+    becomes ``p.add_(g * lr)``, and ``full_like(g, lr)`` an expanded `lr`. Step counters and data
+    read by ``.item()`` go on as 0-dim float64 tensors, which round as Python numbers do, so that
+    one graph serves every step and every run. So does everything that `torch.optim` itself reads:
+    its optimizers take numbers for speed alone (`_get_value` is the identity under
+    ``torch.compile``). Where other code reads a hyperparameter, a number is what it gets, and the
+    lost gradient is reported.
     """
 
     def __init__(self, recorder: Recorder) -> None:
@@ -45,11 +48,23 @@ class ScalarSlots(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         name = name if name.startswith("__") else name.rstrip("_")
+        if name == "__get__" and func == _GRADIENT:
+            self._check_gradient(args[0])
         if name == "item" and self._goes_on(args[0]):
-            return args[0].to(torch.float64)
+            return args[0].reshape(()).to(torch.float64, copy=True)
         if name == "__bool__":
             asked = args[0] if args[0].dtype is torch.bool else args[0] != 0
             return bool(torch.ops.aten._local_scalar_dense.default(asked))
+        if func is torch.autograd.grad and not _is_tracked(args[0] if args else kwargs["outputs"]):
+            raise CaptureError(
+                "the optimizer differentiates the gradients it is given",
+                where=self._recorder._line(),
+                why="its step calls torch.autograd.grad on .grad (a Hessian product); captured "
+                "gradients are values without a graph",
+                remedy="use an optimizer whose step takes one gradient",
+            )
+        if name == "data_ptr":
+            return _address(args[0])
         if name in ("__float__", "__int__", "__index__"):
             number = torch.ops.aten._local_scalar_dense.default(args[0])
             return float(number) if name == "__float__" else int(number)
@@ -67,39 +82,76 @@ class ScalarSlots(TorchFunctionMode):
             if kwargs.get("out") is not None:
                 return kwargs["out"].copy_(result)
             return result
+        if name == "_foreach_lerp" and isinstance(_weight(args, kwargs), Tensor):
+            args = (*args[:2], [_weight(args, kwargs).to(each.dtype) for each in args[0]])
+            kwargs = {}
         if name == "lerp":
             args, kwargs = _same_dtype_weight(args, kwargs)
         if name in ("clamp", "clip"):
             args, kwargs = _same_kind_of_bounds(args, kwargs)
         return func(*args, **kwargs)
 
+    def _check_gradient(self, parameter: Tensor) -> None:
+        """Refuse ``.grad`` of the user's own parameter: what it holds is from outside the loop."""
+        label = self._recorder.fast.get(id(parameter))
+        if label is not None:
+            raise CaptureError(
+                f"the code reads the gradient of {label} behind the model's back",
+                where=self._recorder._line(),
+                why="a reference from outside would see a gradient of earlier training",
+                remedy="reach the parameter through optimizer.param_groups",
+            )
+
     def _goes_on(self, tensor: Tensor) -> bool:
         """Whether the value that ``.item()`` reads may stay a tensor."""
-        caller = sys._getframe(2).f_code
-        if caller.co_name in ("__bool__", "__float__", "__int__", "__index__"):
+        if _caller().co_name in ("__bool__", "__float__", "__int__", "__index__"):
             return False  # asked by bool(tensor) and the like, which need a number
-        return caller.co_filename.startswith(_OPTIMIZERS) or self._is_counter(tensor)
-
-    def _is_counter(self, tensor: Tensor) -> bool:
-        """Whether the value is known and no hyperparameter had a part in it."""
-        node = self._recorder.node_of(tensor)
-        return node is not None and _is_known(self._recorder, tensor) and not self._tuned(node)
-
-    def _tuned(self, node: torch.fx.Node) -> bool:
-        stack, seen = [node], set()
-        while stack:
-            current = stack.pop()
-            if current in seen:
-                continue
-            seen.add(current)
-            if current.meta.get("hyper"):
-                return True
-            stack.extend(current.all_input_nodes)
-        return False
+        return tensor.dtype is not torch.bool and stays_tensor(self._recorder, tensor)
 
 
-def _is_known(recorder: Recorder, tensor: Tensor) -> bool:
-    return recorder.node_of(tensor) in recorder.concrete
+def stays_tensor(recorder: Recorder, tensor: Tensor) -> bool:
+    """Whether a number that is read from a tensor in an optimizer goes on as a tensor.
+
+    It does where its value is not known, or where no hyperparameter had a part in it: a step
+    counter. `torch.optim` keeps hyperparameters too.
+    """
+    node = recorder.node_of(tensor)
+    if node is None or _caller().co_filename.startswith(_OPTIMIZERS):
+        return node is not None
+    return not recorder.is_known(tensor) or not _tuned(node)
+
+
+def _is_tracked(outputs: Any) -> bool:
+    """Whether autograd has a graph for all of these."""
+    return all(tensor.requires_grad for tensor in tensors_in(outputs))
+
+
+def _address(tensor: Tensor) -> int:
+    """Stands for ``data_ptr()``: equal for two traced tensors where their storage begins alike."""
+    traced = tensor.elem if isinstance(tensor, FunctionalTensor) else tensor
+    offset = int(traced.storage_offset()) * traced.element_size()
+    return traced.untyped_storage()._cdata + offset  # type: ignore[no-any-return]
+
+
+def _caller() -> types.CodeType:
+    """The code that called into capture."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_OURS):
+        frame = frame.f_back
+    return frame.f_code
+
+
+def _tuned(node: torch.fx.Node) -> bool:
+    stack, seen = [node], set()
+    while stack:
+        current = stack.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        if current.meta.get("hyper"):
+            return True
+        stack.extend(current.all_input_nodes)
+    return False
 
 
 def _fill_value(name: str, args: Any, kwargs: Any) -> Any:
@@ -116,72 +168,6 @@ def _filled(func: Any, name: str, args: Any, kwargs: Any) -> Tensor:
     return value.to(shaped.device, shaped.dtype).expand(shaped.shape).clone()
 
 
-_EXTREMES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "max": torch.maximum,
-    "min": torch.minimum,
-}
-_CAPTURES_LOCK = threading.Lock()
-
-#: The captures that are running, by thread: what they record and the namespaces they changed.
-_CAPTURES: dict[int, tuple[Recorder, list[dict[str, Any]]]] = {}
-
-
-@contextlib.contextmanager
-def extremes_of_tensors(kind: type, recorder: Recorder) -> Iterator[None]:
-    """Let ``max(number, tensor)`` in an optimizer of `torch.optim` be ``torch.maximum``.
-
-    Python's ``max`` compares and picks, which needs the tensor's value. The names are put into
-    the globals of the optimizer's module, where they come before the builtins, and taken out
-    when the last capture that uses them ends. In a thread that captures nothing they are the
-    builtins.
-
-    Args:
-        kind: The optimizer's class.
-        recorder: What its step is recorded by.
-    """
-    spaces = _namespaces(kind)
-    with _CAPTURES_LOCK:
-        _CAPTURES[threading.get_ident()] = recorder, spaces
-        for space in spaces:
-            for key, extreme in _TRACED_EXTREMES.items():
-                space.setdefault(key, extreme)
-    try:
-        yield
-    finally:
-        with _CAPTURES_LOCK:
-            del _CAPTURES[threading.get_ident()]
-            in_use = {id(space) for _, used in _CAPTURES.values() for space in used}
-            for space in spaces:
-                for key, extreme in _TRACED_EXTREMES.items():
-                    if id(space) not in in_use and space[key] is extreme:
-                        del space[key]
-
-
-def _namespaces(kind: type) -> list[dict[str, Any]]:
-    """Globals of the ``step`` functions that an optimizer has from `torch.optim`."""
-    steps = [inspect.unwrap(vars(base)["step"]) for base in kind.__mro__ if "step" in vars(base)]
-    spaces = {id(space): space for step in steps if (space := getattr(step, "__globals__", {}))}
-    return [s for s in spaces.values() if s.get("__file__", "").startswith(_OPTIMIZERS)]
-
-
-def _traced_extreme(key: str) -> Callable[..., Any]:
-    """The builtin, or the tensor op where a traced operand's value is unknown."""
-    plain: Callable[..., Any] = getattr(builtins, key)
-
-    def extreme(*args: Any, **kwargs: Any) -> Any:
-        recorder, _ = _CAPTURES.get(threading.get_ident(), (None, None))
-        tensors = [arg for arg in args if isinstance(arg, Tensor)]
-        if recorder is None or len(args) != 2 or all(_is_known(recorder, t) for t in tensors):
-            return plain(*args, **kwargs)
-        pair = [x if isinstance(x, Tensor) else torch.full_like(tensors[0], x) for x in args]
-        return _EXTREMES[key](*pair)
-
-    return extreme
-
-
-_TRACED_EXTREMES = {key: _traced_extreme(key) for key in _EXTREMES}
-
-
 def _is_masked_fill(target: Any, index: Any, value: Any) -> bool:
     """Whether ``target[index] = value`` sets every marked element to one and the same value.
 
@@ -189,6 +175,10 @@ def _is_masked_fill(target: Any, index: Any, value: Any) -> bool:
     """
     masked = isinstance(index, Tensor) and index.dtype is torch.bool and index.shape == target.shape
     return masked and (not isinstance(value, Tensor) or value.dim() == 0)
+
+
+def _weight(args: Any, kwargs: Any) -> Any:
+    return args[2] if len(args) > 2 else kwargs.get("weight")
 
 
 def _same_dtype_weight(args: Any, kwargs: Any) -> Any:
@@ -217,20 +207,28 @@ def _scaled(factor: Any, x: Any) -> Any:
     return x if isinstance(factor, int | float) and factor == 1 else x * factor
 
 
+def _as_wide(y: Any, *others: Any) -> Any:
+    """`y` in the dtype of the whole op, in which it also scales."""
+    dtype = y.dtype
+    for other in others:
+        dtype = torch.promote_types(dtype, torch.result_type(y, other))
+    return y.to(dtype)
+
+
 def _add(x: Any, y: Any, *, alpha: Any = 1, out: Any = None) -> Any:
-    return x + _scaled(alpha, y)
+    return x + _scaled(alpha, _as_wide(y, x))
 
 
 def _sub(x: Any, y: Any, *, alpha: Any = 1, out: Any = None) -> Any:
-    return x - _scaled(alpha, y)
+    return x - _scaled(alpha, _as_wide(y, x))
 
 
 def _addcmul(x: Any, y: Any, z: Any, *, value: Any = 1, out: Any = None) -> Any:
-    return x + _scaled(value, y) * z
+    return x + _scaled(value, _as_wide(y, x, z)) * z
 
 
 def _addcdiv(x: Any, y: Any, z: Any, *, value: Any = 1, out: Any = None) -> Any:
-    return x + _scaled(value, y) / z
+    return x + _scaled(value, _as_wide(y, x, z)) / z
 
 
 def _product(multiply: Any) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -13,6 +15,7 @@ from unrollc.capture.assemble import (
     concretes_of,
     labels_of_nodes,
 )
+from unrollc.capture.averaging import averaged_labels
 from unrollc.capture.batches import Batches
 from unrollc.capture.loop import Loop
 from unrollc.capture.model import capturing, explained, module_names, run_user_loss
@@ -32,22 +35,16 @@ def capture_val(
 ) -> tuple[StepGraph, dict[str, Tensor], Concretes]:
     """The validation loss as a graph over θ_T, buffers, context and the validation batch.
 
+    Where there is an average of the weights, it takes the place of the model's tensors.
+
     Returns:
         The graph, the tensors of `loop.lifted` with those added that only the validation loss
         brings in, and what it took from counters and lengths.
     """
     recorder = Recorder(SourceFinder(module_names(problem)))
-    recorder.fast = {id(tensor): label for label, tensor in stock.theta.items()}
-    changing = {value.label for value, _ in loop.steps[0].inputs_with(Role.BUFFER)}
-    groups = (
-        (Role.THETA, stock.theta),
-        (Role.BUFFER, {k: t for k, t in stock.buffers.items() if k in changing}),
-        (
-            Role.CONTEXT,
-            {**{k: t for k, t in stock.buffers.items() if k not in changing}, **stock.context},
-        ),
-        (Role.BATCH, dict(zip(val.labels, val.leaves, strict=True))),
-    )
+    changing = {**stock.theta, **stock.average}
+    recorder.fast = {id(tensor): label for label, tensor in changing.items()}
+    groups = _inputs(stock, val, loop, averaged := _averaged(problem))
     values = [Value(role, k, names(k)) for role, tensors in groups for k in tensors]
     examples = [tensor for _, tensors in groups for tensor in tensors.values()]
     inputs = [
@@ -61,6 +58,7 @@ def capture_val(
 
     def run_user_validation(*given: Tensor) -> Tensor:
         tensors = {v.label: t for v, t in zip(values, given, strict=True)}
+        tensors |= {label: tensors[its] for label, its in averaged.items()}
         theta = {label: tensors.pop(label) for label in stock.theta}
 
         def evaluate(theta: dict[str, Tensor], rest: dict[str, Tensor]) -> Tensor:
@@ -83,3 +81,25 @@ def capture_val(
     )
     taken = concretes_of(recorder, labels_of_nodes(recorder, values, lifted), {})
     return graph, {closure_label(index): tensor for index, tensor in enumerate(lifted)}, taken
+
+
+def _averaged(problem: Problem) -> dict[str, str]:
+    """What stands for the model's tensors where Lval is that of an average of the weights."""
+    return {} if problem.average is None else averaged_labels(problem)
+
+
+def _inputs(
+    stock: Stock, val: Batches, loop: Loop, averaged: Mapping[str, str]
+) -> tuple[tuple[Role, dict[str, Tensor]], ...]:
+    """The tensors that Lval may read, by role and label."""
+    changing = {value.label for value, _ in loop.steps[0].inputs_with(Role.BUFFER)}
+    mine = {k: t for k, t in stock.buffers.items() if k not in averaged}
+    still = {k: t for k, t in mine.items() if k not in changing}
+    context = {k: t for k, t in stock.context.items() if k not in averaged}
+    return (
+        (Role.THETA, {k: t for k, t in stock.theta.items() if k not in averaged}),
+        (Role.BUFFER, {k: t for k, t in mine.items() if k in changing}),
+        (Role.AVERAGE, stock.average),
+        (Role.CONTEXT, {**still, **context}),
+        (Role.BATCH, dict(zip(val.labels, val.leaves, strict=True))),
+    )

@@ -2,20 +2,22 @@
 
 An optimizer skips a term whose factor is zero. The value is the same with and without the term,
 the derivative with respect to the factor is not. So where a requested hyperparameter is exactly
-zero, the step is captured a second time with the branch taken. Both captures are then run on the
-user's own tensors: if they agree, the second one is used; if not (momentum brings state with it),
-the gradient at zero is undefined and said to be so.
+zero, the step is captured a second time with the branch taken. Both captures are then run near the
+user's own tensors: if they are the same function of all other tensors, the second one is used,
+with the state that its branch brings (a momentum that is multiplied by zero). If not (dampening
+acts only where there is momentum), the gradient at zero is undefined and said to be so.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import replace
 
 import torch
 from torch import Tensor, fx
 
+from unrollc.capture.layout import Layout
 from unrollc.capture.one_step import Cut, Kind
 from unrollc.capture.problem import PerStep, Stock
 from unrollc.errors import CaptureError
@@ -39,56 +41,129 @@ def through_zero_branch(
     hidden = {label: source for label, source in kind.zero_tests if label in requested}
     if not hidden:
         return graph, kind
-    with contextlib.suppress(CaptureError):  # code that expects what earlier steps would have made
-        taken, other = record(frozenset(hidden))
-        if other.after == kind.after and _agree(graph, taken, stock, batch):
-            return taken, other
+    taken: frozenset[str] = frozenset()
+    best = graph, kind
+    for label in hidden:
+        with contextlib.suppress(CaptureError):  # code that expects what earlier steps had made
+            other = record(taken | {label})
+            moved = stock.hyper.keys() - taken - {label}
+            if _extends(other[1].after, kind.after) and _agree(
+                graph, other[0], moved, stock, batch
+            ):
+                taken, best = taken | {label}, other
     cuts = tuple(
         Cut(
             (label,),
             source,
-            "it is exactly zero, and the branch that is skipped then changes the values",
+            "it is exactly zero, and the branch that is skipped there computes something else",
         )
         for label, source in hidden.items()
+        if label not in taken
     )
-    return graph, replace(kind, cuts=(*kind.cuts, *cuts))
+    return best[0], replace(best[1], cuts=(*best[1].cuts, *cuts))
 
 
-def _agree(first: StepGraph, second: StepGraph, stock: Stock, batch: Sequence[Tensor]) -> bool:
-    """Whether two captures of a step return the same new state for the same inputs."""
+def _extends(more: Layout, less: Layout) -> bool:
+    """Whether one layout has all the state of another, and the same groups."""
+    return more.groups == less.groups and set(less.labels) <= set(more.labels)
+
+
+def _agree(
+    first: StepGraph,
+    second: StepGraph,
+    moved: Set[str],
+    stock: Stock,
+    batch: Sequence[Tensor],
+) -> bool:
+    """Whether two captures of a step return the same new state, as functions of what may move.
+
+    Optimizer state may differ where nothing else depends on it: a momentum that is multiplied
+    by zero.
+
+    Args:
+        moved: Hyperparameters that may move, besides weights, state and data. A tensor may have
+            another value at the next call.
+    """
     generator = torch.Generator().manual_seed(0)
     known = {
         **stock.theta,
         **stock.opt_state,
         **stock.buffers,
+        **stock.average,
         **stock.context,
         **{k: v.per_step[0] if isinstance(v, PerStep) else v for k, v in stock.hyper.items()},
     }
     batches = iter(batch)
     values: dict[str, Tensor] = {}
-    for value, node in zip(first.inputs, first.placeholders, strict=True):
-        if value.role is Role.BATCH:
-            values[value.name] = next(batches)
-        elif value.label in known:
-            values[value.name] = known[value.label]
-        else:
-            values[value.name] = _made_up(value, node, generator)
-    results = []
     for graph in (first, second):
-        given = [
-            graph.constants[v.name] if v.role is Role.CONSTANT else values.get(v.name)
-            for v in graph.inputs
-        ]
-        if any(tensor is None for tensor in given):
-            return False
-        with torch.no_grad():
-            outputs = graph.module(*given)
-        pairs = zip(graph.outputs, outputs, strict=True)
-        results.append([tensor for value, tensor in pairs if value.role in STATE_ROLES])
-    return len(results[0]) == len(results[1]) and all(
-        torch.allclose(a, b, rtol=1e-6, atol=1e-12, equal_nan=True)
-        for a, b in zip(*results, strict=True)
-    )
+        for value, node in zip(graph.inputs, graph.placeholders, strict=True):
+            if value.role is Role.CONSTANT or value.name in values:
+                continue
+            if value.role is Role.BATCH:
+                values[value.name] = next(batches).detach()
+            elif value.label in known:
+                values[value.name] = known[value.label].detach()
+            else:
+                values[value.name] = _made_up(value, node, generator)
+            if value.role is Role.THETA or value.label in moved:
+                values[value.name] = _near(values[value.name], generator)
+    plain, taken = _state_after(first, values), _state_after(second, values)
+    idle = {v.label for v in second.outputs if v.role is Role.OPT_STATE}
+    idle -= {label for label in plain if _same(plain[label], taken[label])}
+    other = {
+        value.name: _near(_near(values[value.name], generator), generator)
+        for value in second.inputs
+        if value.role is Role.OPT_STATE and value.label in idle
+    }
+    again = _state_after(second, values | other)
+    kept = plain.keys() - idle
+    if not all(_same(plain[k], taken[k]) and _same(plain[k], again[k]) for k in kept):
+        return False
+    slopes = [_slopes(graph, values, moved, generator.manual_seed(0)) for graph in (first, second)]
+    return all(torch.allclose(slopes[0][k], slopes[1][k], rtol=1e-4) for k in slopes[0])
+
+
+def _state_after(graph: StepGraph, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a step returns, by label."""
+    given = [graph.constants.get(value.name, values.get(value.name)) for value in graph.inputs]
+    pairs = zip(graph.outputs, graph.module(*given), strict=True)
+    return {value.label: tensor for value, tensor in pairs if value.role in STATE_ROLES}
+
+
+def _slopes(
+    graph: StepGraph, values: Mapping[str, Tensor], moved: Set[str], generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Derivatives of a random projection of the new weights in each of `moved`.
+
+    They see what a difference of values cannot: an effect far below the weights' rounding.
+    """
+    leaves = {
+        value.label: values[value.name].clone().requires_grad_()
+        for value in graph.inputs
+        if value.role is Role.HYPER and value.label in moved
+    }
+    names = {value.label: value.name for value in graph.inputs}
+    with torch.enable_grad():
+        after = _state_after(graph, {**values, **{names[k]: leaf for k, leaf in leaves.items()}})
+        weights = [after[value.label] for value in graph.outputs if value.role is Role.THETA]
+        drawn = [torch.rand(w.shape, generator=generator).to(w) for w in weights]
+        projected = sum(((w * d).sum().real for w, d in zip(weights, drawn, strict=True)))
+    zero = {label: torch.zeros_like(leaf) for label, leaf in leaves.items()}
+    if not leaves or not isinstance(projected, Tensor) or not projected.requires_grad:
+        return zero
+    found = torch.autograd.grad(projected, list(leaves.values()), allow_unused=True)
+    pairs = zip(leaves, found, strict=True)
+    return zero | {label: slope for label, slope in pairs if slope is not None}
+
+
+def _same(first: Tensor, second: Tensor) -> bool:
+    return torch.allclose(first, second, rtol=1e-6, atol=1e-12, equal_nan=True)
+
+
+def _near(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """A tensor a little off the given one, towards zero: a decay rate stays below one."""
+    drawn = torch.rand(tensor.shape, generator=generator).to(tensor.device, tensor.dtype)
+    return torch.where(tensor == 0, 1e-2 * drawn, tensor * (1 - 1e-2 * drawn))
 
 
 def _made_up(value: Value, node: fx.Node, generator: torch.Generator) -> Tensor:

@@ -6,6 +6,7 @@ Its functions are the distinct steps, their adjoints and the validation loss; ``
 
 from __future__ import annotations
 
+import itertools
 import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from unrollc.codegen.schedule import render_schedule
 from unrollc.plan.memory import MemoryPlan
 from unrollc.plan.pieces import Pieces
 from unrollc.plan.schedule import Action, Advance, Drop, Keep, Restore, Reverse, Validate
-from unrollc.step import STATE_ROLES, Noise, Role, StepGraph, Value, iterate_calls
+from unrollc.step import STARTS, STATE_ROLES, Noise, Role, StepGraph, Value, iterate_calls
 
 
 @dataclass(frozen=True)
@@ -163,14 +164,19 @@ class _Module:
         return [*lines, f"{name}({', '.join(args)})"]
 
     def _validated_state(self) -> list[str]:
-        """θ_T and the buffers; the optimizer's state between them is not read."""
+        """What the validation loss takes of the state, as slices of it."""
+        read = self.pieces.validated_roles
         last = self.pieces.steps[self.pieces.sequence[-1]]
         roles = [value.role for value, _ in last.outputs_with(*STATE_ROLES)]
-        start = roles.count(Role.THETA)
-        end = start + roles.count(Role.OPT_STATE)
-        if start == end:
-            return ["*state"]
-        return [f"*state[:{start}]", *([f"*state[{end}:]"] if end < len(roles) else [])]
+        slices, position = [], 0
+        for taken, run in itertools.groupby(roles, key=read.__contains__):
+            end = position + len(list(run))
+            first, last_one = str(position or ""), str(end if end < len(roles) else "")
+            whole = not first and not last_one
+            if taken:
+                slices.append("*state" if whole else f"*state[{first}:{last_one}]")
+            position = end
+        return slices
 
     def _step_of_adjoint(self, name: str) -> int:
         index = int(name.rpartition("_")[2])
@@ -309,7 +315,7 @@ class _Module:
                 if value.role is Role.COTANGENT and value.of in STATE_ROLES
             ]
             for position, value in enumerate(state):
-                if value.of is Role.THETA and value.label in pieces.wanted:
+                if value.of in STARTS and value.label in pieces.wanted:
                     label = literal(value.label, {})
                     lines.append(f"accumulate(totals, {label}, cotangents[{position}])")
         for label in sorted(pieces.stacked & set(pieces.wanted)):

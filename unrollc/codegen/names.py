@@ -16,6 +16,7 @@ _PREFIX = {
     Role.THETA: "new_",
     Role.OPT_STATE: "new_",
     Role.BUFFER: "new_",
+    Role.AVERAGE: "new_",
     Role.GRADIENT: "grad_",
 }
 
@@ -70,7 +71,11 @@ def op_name(target: Any) -> str:
 
 
 def alias_of(target: Any) -> str:
-    """How generated code calls an op: ``mul``, or ``mul_Scalar`` for another overload."""
+    """How generated code calls an op: ``mul``, or ``mul_Scalar`` for another overload.
+
+    ``clamp`` has both a default overload and one of tensors; the latter is ``clamp_Tensor``.
+    """
     overload = target._overloadname
-    suffix = "" if overload in ("default", "Tensor") else f"_{overload}"
+    both = overload == "Tensor" and "default" in target._overloadpacket.overloads()
+    suffix = "" if overload in ("default", "Tensor") and not both else f"_{overload}"
     return f"op_{op_name(target)}{suffix}"

@@ -23,11 +23,13 @@ from unrollc.differentiate.adjoint import (
     cotangent_inputs,
     differentiable_inputs,
     finish,
+    is_counter,
 )
 from unrollc.differentiate.guarded import guards_of
 from unrollc.differentiate.replay import _EQUIVALENTS, Replay, calls, is_projection, start
 from unrollc.differentiate.reverse import vector_jacobian
-from unrollc.step import STATE_ROLES, Phase, Role, StepGraph
+from unrollc.requirements.dependence import dependence
+from unrollc.step import STATE_ROLES, Phase, Role, StepGraph, read_besides_gradients
 
 aten = torch.ops.aten
 
@@ -80,8 +82,15 @@ def mixed_adjoint(step: StepGraph, wanted: frozenset[Key], live: frozenset[Key])
 
 def mixed_obstacle(step: StepGraph, wanted: frozenset[Key], live: frozenset[Key]) -> str | None:
     """Why mixed mode does not cover this step although its gradient is a true one."""
-    if any(role is Role.BUFFER for role, _ in live):
-        return "a buffer carries a cotangent"
+    for value, node in step.outputs_with(*STATE_ROLES):
+        if node is None or (value.role, value.label) not in live:
+            continue
+        if value.role is Role.BUFFER or node.meta.get("phase") in _INNER:
+            return "a buffer carries a cotangent"
+    if read_besides_gradients(step):
+        return "the update reads a buffer that the forward pass has changed"
+    if (state := _state_in_gradient(step)) is not None:
+        return f"the inner gradient depends on {state}, which is state"
     with_gradient = {value.label for value, _ in step.outputs_with(Role.GRADIENT)}
     inner = {n for node in calls(step, *_INNER) for n in node.all_input_nodes}
     for value, node in zip(step.inputs, step.placeholders, strict=True):
@@ -94,6 +103,24 @@ def mixed_obstacle(step: StepGraph, wanted: frozenset[Key], live: frozenset[Key]
         ):
             return f"the inner gradient with respect to {value.label} was not captured"
     return None
+
+
+def _state_in_gradient(step: StepGraph) -> str | None:
+    """State besides θ that the inner gradient is a differentiable function of.
+
+    The product ∇s∇θ ℓ · w belongs to its cotangent, and no gradient with respect to s is there.
+    """
+    inner = {n for node in calls(step, *_INNER) for n in node.all_input_nodes}
+    read = {
+        node: value.label
+        for value, node in step.inputs_with(*STATE_ROLES)
+        if value.role is not Role.THETA
+        and node in inner
+        and node.meta["val"].is_floating_point()
+        and not is_counter(node)
+    }
+    moving = dependence(step).into_gradient if read else set()
+    return next((label for node, label in read.items() if node in moving), None)
 
 
 def _update_products(

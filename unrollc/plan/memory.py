@@ -200,7 +200,7 @@ class _Run:
         last = pieces.steps[pieces.sequence[-1]]
         roles = [value.role for value, _ in last.outputs_with(*STATE_ROLES)]
         pairs = zip(roles, self.state, strict=True)
-        read = [storage for role, storage in pairs if role is not Role.OPT_STATE]
+        read = [storage for role, storage in pairs if role in pieces.validated_roles]
         results = self._call("validation", graph, read)
         self.held.hold(self._of(graph, results, Role.LOSS))
         if pieces.differentiates:

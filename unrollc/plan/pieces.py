@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from unrollc.differentiate.adjoint import StepAdjoint
 from unrollc.plan.schedule import Schedule
-from unrollc.step import StepGraph
+from unrollc.step import STATE_ROLES, Role, StepGraph
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,11 @@ class Pieces:
     @property
     def differentiates(self) -> bool:
         return self.val_gradient is not None
+
+    @property
+    def validated_roles(self) -> frozenset[Role]:
+        """Roles of the state that the validation loss takes."""
+        return frozenset(value.role for value, _ in self.val.inputs_with(*STATE_ROLES))
 
     @property
     def graphs(self) -> tuple[StepGraph, ...]:

@@ -73,4 +73,13 @@ def check_requirements(
         verdicts[parameter.label] = verdict
     stops = declared_stops(graphs)
     idle = not any(graph.gradients for graph in graphs.steps)
-    return Requirements(verdicts, dict(ids or {}), loop.steps, facts.I, facts.II, stops, idle)
+    return Requirements(
+        verdicts,
+        dict(ids or {}),
+        loop.steps,
+        facts.I,
+        facts.II,
+        stops,
+        idle,
+        tuple(dict.fromkeys(branch for kind in loop.kinds for branch in kind.branches)),
+    )

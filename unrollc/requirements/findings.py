@@ -31,13 +31,19 @@ _UPDATE = (Phase.UPDATE,)
 
 #: Roles that depend on no meta-parameter unless they are one.
 _DATA = (Role.BATCH, Role.NOISE, Role.CONSTANT)
+
+#: Roles of θ_T, and of an average of the weights where Lval is that of the average.
+_ADAPTED = (Role.THETA, Role.AVERAGE)
+
+#: Roles of running statistics that the inner loop changes.
+_STATISTICS = (Role.BUFFER, Role.AVERAGE)
 _PADDING = "the padding row gets no gradient"
 
 
 def requirement_i(graphs: Graphs) -> Finding:
     """Lval is a differentiable function of θ_T."""
     val = graphs.val
-    thetas = _thetas(val)
+    thetas = [node for (role, _), node in val.inputs.items() if role in _ADAPTED]
     loss = val.results(Role.LOSS)
     if any(node in val.into_loss for node in thetas):
         kinks = kinks_between(val, thetas, val.acting_on_result, _LOSS)
@@ -80,14 +86,15 @@ def declared_stops(graphs: Graphs) -> tuple[CutOp, ...]:
 
     The meta-gradient is then the derivative of the program as declared, as in eager PyTorch, and
     finite differences of its value differ: `detach`, custom functions, running statistics that
-    the validation reads, padding rows of embeddings.
+    the validation reads, padding rows of embeddings. In an update these are the stops in networks
+    of a learned optimizer.
     """
     found: dict[CutOp, None] = {}
     for graph in graphs.all:
         moving = 0
         for (role, _), node in graph.inputs.items():
             moving |= 0 if role in _DATA else graph.influence[node]
-        within = graph.acting_on_result if graph is graphs.val else graph.acting_on_gradient
+        within = graph.acting_on_result if graph is graphs.val else _declaring(graph)
         for operand, node, cut in graph.edges.edges(data="cut"):
             if cut not in DECLARED or node not in within:
                 continue
@@ -102,12 +109,18 @@ def declared_stops(graphs: Graphs) -> tuple[CutOp, ...]:
     return tuple(found)
 
 
+def _declaring(step: Dependence) -> set[fx.Node]:
+    """What the inner gradient depends on, and what the update makes of it."""
+    made = {n for n in step.acting_on_result if n.meta.get("phase") is Phase.UPDATE}
+    return step.acting_on_gradient | made
+
+
 def _reads_statistics(graph: Dependence, operand: fx.Node, node: fx.Node) -> bool:
     """Whether a BatchNorm uses statistics that the inner loop changes."""
     origin: Any = node.args[0] if is_projection(node) else node
     flag = {"_native_batch_norm_legit_functional": 5, "native_batch_norm_backward": 7}
     training = op_name(origin) in flag and bool(origin.args[flag[op_name(origin)]])
-    changing = {n for (role, _), n in graph.inputs.items() if role is Role.BUFFER}
+    changing = {n for (role, _), n in graph.inputs.items() if role in _STATISTICS}
     return not training and operand in changing
 
 

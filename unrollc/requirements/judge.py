@@ -15,7 +15,7 @@ from unrollc.requirements.findings import through_gradient, through_update
 from unrollc.requirements.reach import Graphs, on_the_way
 from unrollc.requirements.scaling import normalised_away
 from unrollc.requirements.verdict import Finding, Verdict
-from unrollc.step import Role
+from unrollc.step import STARTS, Role
 
 _NOT_CONCERNED = Finding(None, "does not concern it")
 
@@ -95,13 +95,19 @@ def judge(parameter: MetaParameter, facts: Facts) -> Verdict:
 
 def _findings(parameter: MetaParameter, facts: Facts) -> tuple[Finding, Finding]:
     """III(a) and III(b); what is none of a parameter's business does not concern it."""
-    if parameter.role is Role.HYPER:
+    if parameter.role in (Role.HYPER, Role.OPT_STATE):
         return through_update(facts.graphs, parameter.key), _NOT_CONCERNED
     b = through_gradient(facts.graphs, parameter.key)
     if parameter.role is Role.THETA:
         return _NOT_CONCERNED, b
     a = through_update(facts.graphs, parameter.key)
+    if a.holds and not _acts_on_gradient(facts.graphs, parameter.key):
+        return a, _NOT_CONCERNED  # a weight of a learned optimizer
     return (a if a.holds else _NOT_CONCERNED), b
+
+
+def _acts_on_gradient(graphs: Graphs, key: Key) -> bool:
+    return any(step.inputs.get(key) in step.acting_on_gradient for step in graphs.steps)
 
 
 def _ruling(parameter: MetaParameter, facts: Facts, a: Finding, b: Finding) -> _Ruling:
@@ -136,8 +142,9 @@ def _severed(parameter: MetaParameter, facts: Facts, a: Finding, b: Finding) -> 
     if facts.I.holds is False and not _directly_cut(graphs, key):
         stopped = "stops the gradient" in facts.I.reason
         return _Ruling("zero", facts.I.reason, facts.I.where, _STOP if stopped else _I_REMEDY)
-    if parameter.role is Role.THETA and graphs.steps_back < len(graphs.sequence):
-        reason = f"Truncated({graphs.steps_back}) does not go back to θ_0"
+    if parameter.role in STARTS and graphs.steps_back < len(graphs.sequence):
+        start = "θ_0" if parameter.role is Role.THETA else "the first state"
+        reason = f"Truncated({graphs.steps_back}) does not go back to {start}"
         return _Ruling("zero", reason, None, 'use gradient="exact"')
     if graphs.first_order and b.holds:
         reason = "it acts through the inner gradient alone, which FirstOrder takes as a constant"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from unrollc.requirements.dependence import Dependence, Key, reached_from, sources_of
-from unrollc.step import STATE_ROLES, Role
+from unrollc.step import STARTS, STATE_ROLES, Role
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Graphs:
             state = {key for key in before[memo] if key[0] in STATE_ROLES}
             ever |= state
         if stop == 0:
-            reached |= {key for key in state if key[0] is Role.THETA}
+            reached |= {key for key in state if key[0] in STARTS}
         return frozenset(reached), frozenset(ever)
 
     def states_reached(self, key: Key) -> list[str]:

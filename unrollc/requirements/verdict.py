@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from unrollc.capture.one_step import Branch
 from unrollc.errors import RequirementError, Source
 from unrollc.requirements.dependence import CutOp
 from unrollc.requirements.kinks import Kink
@@ -121,6 +122,8 @@ class Requirements:
         stops: Where code declares a derivative to be zero although the value depends on the
             meta-parameters; the meta-gradient follows the declaration.
         idle: Whether no fast weight has an inner gradient, so that the inner loop does nothing.
+        branches: Tests of hyperparameters in the optimizer's code, with the outcome under which
+            the verdicts hold; the program lowers again where one changes.
     """
 
     verdicts: Mapping[str, Verdict]
@@ -130,6 +133,7 @@ class Requirements:
     II: Finding = Finding(None, "not decided")
     stops: tuple[CutOp, ...] = ()
     idle: bool = False
+    branches: tuple[Branch, ...] = ()
 
     @functools.cached_property
     def derivations(self) -> tuple[Derivation, ...]:
@@ -240,6 +244,8 @@ class Requirements:
             console.print(f"kink: {kink}", highlight=False)
         for stop in self.stops:
             console.print(f"stop: {_with_line(stop.reason, stop.where)}", highlight=False)
+        for branch in self.branches:
+            console.print(f"branch: {_branch(branch)}", highlight=False)
         return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())
 
     def _parameters(self) -> Table:
@@ -295,6 +301,13 @@ def _with_line(reason: str, where: Source | None) -> str:
 
 def _some(labels: list[str]) -> str:
     return ", ".join(labels[:4]) + (f" and {len(labels) - 4} more" if len(labels) > 4 else "")
+
+
+def _branch(branch: Branch) -> str:
+    labels, outcome = ", ".join(branch.labels), "true" if branch.outcome else "false"
+    test = f"{branch.source.text!r} ({branch.source.short})" if branch.source else "a test"
+    how = "is taken as" if branch.assumed else "is"
+    return f"{labels}: {test} {how} {outcome}"
 
 
 def _plain(op: str, reason: str, where: Source | None) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from unrollc.requirements.judge import MetaParameter
 from unrollc.requirements.verdict import Requirements
 from unrollc.requirements.zeros import zeros_of
 from unrollc.runtime.options import Options
-from unrollc.step import STATE_ROLES, Role, StepGraph
+from unrollc.step import STARTS, STATE_ROLES, Role, StepGraph
 
 #: Makes the adjoint of the step with this index for these live state outputs.
 Make = Callable[[int, frozenset[Key]], StepAdjoint]
@@ -56,13 +56,13 @@ def differentiated(
         options: The user's options.
         final: Whether the graphs will run, so that the better mode is worth looking for.
     """
-    wanted = frozenset(m.key for m in meta if m.role is not Role.THETA)
-    want_theta = frozenset(m.key for m in meta if m.role is Role.THETA)
+    wanted = frozenset(m.key for m in meta if m.role not in STARTS)
+    starts = frozenset(m.key for m in meta if m.role in STARTS)
     steps = len(loop.sequence)
     stop = steps - options.steps_back(steps)
     val_gradient = simplify(loss_gradient(val, wanted))
     make = _Chooser(loop, wanted, options).adjoint if final else _in_reverse(loop, wanted, options)
-    adjoints, order = _adjoints(loop, val_gradient, wanted, want_theta, stop, make)
+    adjoints, order = _adjoints(loop, val_gradient, wanted, starts, stop, make)
     return Differentiated(val_gradient, tuple(adjoints), tuple(order))
 
 
@@ -70,7 +70,7 @@ def _adjoints(
     loop: Loop,
     val_gradient: StepGraph,
     wanted: frozenset[Key],
-    want_theta: frozenset[Key],
+    starts: frozenset[Key],
     stop: int,
     make: Make,
 ) -> tuple[list[StepAdjoint], list[int | None]]:
@@ -86,7 +86,7 @@ def _adjoints(
         if key not in known:
             adjoint = make(index, live)
             if last:
-                keep = wanted | (want_theta if stop == 0 else frozenset())
+                keep = wanted | (starts if stop == 0 else frozenset())
                 adjoint = _pruned(adjoint, keep)
             same = next((i for i, old in enumerate(found) if old is adjoint), len(found))
             if same == len(found):
@@ -202,7 +202,7 @@ def confirmed(requirements: Requirements, found: Differentiated) -> Requirements
         zeros = zeros_of(graph)
         for value, node in graph.outputs_with(Role.COTANGENT):
             vanishes = node is None or node in zeros
-            if not vanishes and value.of and (initial or value.of is not Role.THETA):
+            if not vanishes and value.of and (initial or value.of not in STARTS):
                 reached.add((value.of, value.label))
     labels = {label for _, label in reached}
     verdicts = {

@@ -25,7 +25,13 @@ from unrollc.requirements.check import check_requirements, settle_singularities
 from unrollc.requirements.judge import MetaParameter
 from unrollc.requirements.verdict import Requirements
 from unrollc.runtime.adjoints import Differentiated, confirmed, differentiated
-from unrollc.runtime.options import Options, candidates, labels_by_tensor, resolve_meta
+from unrollc.runtime.options import (
+    Options,
+    candidates,
+    labels_by_tensor,
+    refuse_averages,
+    resolve_meta,
+)
 from unrollc.step import STATE_ROLES, Role, StepGraph
 
 
@@ -125,6 +131,7 @@ def capture(
 ) -> Captured:
     """Capture the loop and the validation loss, and decide the requirements by dependence."""
     _check_devices(stock, train, val)
+    refuse_averages(options, stock)
     names = Names()
     early = resolve_meta(options, candidates(stock, train, val, {}), train.steps, complete=False)
     extra = tuple(
@@ -220,7 +227,7 @@ _UNDIFFERENTIABLE = (
 
 def _check_devices(stock: Stock, train: Batches, val: Batches) -> None:
     """Parameters, context and data live on one device; 0-dim tensors may stay on the CPU."""
-    named = {**stock.theta, **stock.context, **stock.buffers}
+    named = {**stock.theta, **stock.context, **stock.buffers, **stock.average}
     for batches in (train, val):
         for label, leaf in zip(batches.labels, batches.leaves, strict=True):
             steps = leaf if isinstance(leaf, tuple) else (leaf,)

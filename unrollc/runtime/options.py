@@ -13,7 +13,7 @@ from unrollc.capture.batches import Batches
 from unrollc.capture.problem import PerStep, Stock
 from unrollc.errors import InputError, NotYetError, RequirementError
 from unrollc.requirements.judge import MetaParameter
-from unrollc.step import Role
+from unrollc.step import STARTS, Role
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,11 @@ def candidates(
     found: dict[tuple[Role, str], tuple[Tensor, ...]] = {}
     for label, tensor in stock.theta.items():
         found[Role.THETA, label] = (tensor,)
+    for label, tensor in stock.opt_state.items():
+        found[Role.OPT_STATE, label] = (tensor,)
     for label, value in stock.hyper.items():
-        found[Role.HYPER, label] = (value.per_step if isinstance(value, PerStep) else value,)
+        tensor = value.per_step if isinstance(value, PerStep) else value
+        found[Role.HYPER, label] = (tensor, *stock.behind.get(label, ()))
     for label, tensor in {**stock.context, **lifted}.items():
         found[Role.CONTEXT, label] = (tensor,)
     for batches in (train, val):
@@ -167,11 +170,29 @@ def resolve_meta(
         found = []
         for (role, label), tensors in known.items():
             if any(tensor.requires_grad for tensor in tensors):
-                waived = role is Role.THETA and truncated
-                waiver = f"Truncated({options.steps_back(steps)}) does not go back to θ_0"
+                waived = role in STARTS and truncated
+                start = "θ_0" if role is Role.THETA else "the first state"
+                waiver = f"Truncated({options.steps_back(steps)}) does not go back to {start}"
                 found.append(MetaParameter(role, label, not waived, waiver if waived else ""))
         return found
     return _listed(options.meta, known, complete)
+
+
+def refuse_averages(options: Options, stock: Stock) -> None:
+    """Say of averaged weights in ``meta=`` that they are none of what may stand there.
+
+    Raises:
+        InputError: Where one is listed.
+    """
+    labels = {id(tensor): label for label, tensor in stock.average.items()}
+    for position, item in enumerate(options.meta or ()):
+        label = item if isinstance(item, str) else labels.get(id(item))
+        if label in stock.average:
+            raise InputError(
+                f"meta[{position}] ({label}) belongs to the average",
+                why="where an average starts is state of the inner loop, no meta-parameter",
+                remedy="list θ_0, hyperparameters, or tensors that the averaging function reads",
+            )
 
 
 def _listed(

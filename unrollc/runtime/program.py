@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -9,17 +12,21 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from unrollc.capture.averaging import averaged_labels
 from unrollc.capture.batches import Batches, read_train, read_val
 from unrollc.capture.fingerprint import Fingerprint
+from unrollc.capture.layout import Layout, filler, plain_number, write_back
 from unrollc.capture.loop import known_scalars
-from unrollc.capture.optimizer import Leaf
 from unrollc.capture.problem import (
     Objective,
     PerStep,
     Problem,
     Stock,
+    read_again,
     take_stock,
 )
+from unrollc.capture.schedule import Schedule, put_back, run_schedule
+from unrollc.capture.trees import rebuild
 from unrollc.errors import NonFiniteError
 from unrollc.requirements.verdict import Requirements
 from unrollc.runtime.bridge import MetaLoop, Run
@@ -28,6 +35,28 @@ from unrollc.runtime.lowering import Lowered, check, lower
 from unrollc.runtime.options import Options
 from unrollc.runtime.result import Result
 from unrollc.step import STATE_ROLES, Role
+
+
+@dataclass(frozen=True)
+class Given:
+    """What one call of a program starts from.
+
+    Attributes:
+        problem: The user's objects; the optimizer holds the schedule of a scheduler.
+        stock: Their tensors.
+        train, val: The data.
+        schedule: The schedule, where there is a scheduler.
+    """
+
+    problem: Problem
+    stock: Stock
+    train: Batches
+    val: Batches
+    schedule: Schedule | None = None
+
+    def read_as(self, lowered: Lowered) -> Given:
+        """With the optimizer's state in the manner in which `lowered` takes it."""
+        return replace(self, stock=read_again(self.problem, self.stock, lowered.loop.manner))
 
 
 class Program:
@@ -57,9 +86,10 @@ class Program:
             RequirementError: If a requested meta-gradient does not exist.
             NonFiniteError: With ``debug=True``, at the first NaN or infinity.
         """
-        stock, train_batches, val_batches = self._read(train, val)
-        lowered, module = self._lowered(stock, train_batches, val_batches, torch.is_grad_enabled())
-        inputs = _inputs(lowered, stock, train_batches, val_batches)
+        given = self._read(train, val)
+        lowered, module = self._lowered(given, torch.is_grad_enabled())
+        given = given.read_as(lowered)
+        inputs = _inputs(lowered, given)
         if self._options.debug:
             _check_finite(inputs, lowered.pieces.per_step)
         noisy = any(graph.inputs_with(Role.NOISE) for graph in lowered.pieces.graphs)
@@ -71,7 +101,7 @@ class Program:
         else:
             loss = run.adapt()
             run.forget()
-        result = self._result(lowered, stock, run, loss)
+        result = self._result(lowered, given, run, loss)
         if self._options.debug:
             _check_result(result)
         return result
@@ -82,20 +112,19 @@ class Program:
         The same object is returned until shapes, dtypes, devices, T, the structure of state or
         the Python values that the code depends on change.
         """
-        stock, train_batches, val_batches = self._read(train, val)
-        return self._lowered(stock, train_batches, val_batches, torch.is_grad_enabled())[0]
+        return self._lowered(self._read(train, val), torch.is_grad_enabled())[0]
 
     def inputs(self, train: Any, val: Any) -> dict[str, Any]:
         """The tensors that a saved program takes, by label (detached)."""
-        stock, train_batches, val_batches = self._read(train, val)
-        lowered, _ = self._lowered(stock, train_batches, val_batches, torch.is_grad_enabled())
-        inputs = _inputs(lowered, stock, train_batches, val_batches)
+        given = self._read(train, val)
+        lowered, _ = self._lowered(given, torch.is_grad_enabled())
+        inputs = _inputs(lowered, given.read_as(lowered))
         return pytree.tree_map_only(Tensor, Tensor.detach, inputs)  # type: ignore[no-any-return]
 
     def check(self, train: Any, val: Any) -> Requirements:
         """The requirements alone; raises for no failed one."""
-        stock, train_batches, val_batches = self._read(train, val)
-        return check(self._problem, self._options, stock, train_batches, val_batches)
+        given = self._read(train, val)
+        return check(given.problem, self._options, given.stock, given.train, given.val)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles lower again."""
@@ -103,20 +132,25 @@ class Program:
 
     # -- lowering and its cache -----------------------------------------------------------------
 
-    def _read(self, train: Any, val: Any) -> tuple[Stock, Batches, Batches]:
+    def _read(self, train: Any, val: Any) -> Given:
         paired = not isinstance(self._problem.loss, Objective)
         paired_val = not isinstance(self._problem.val_loss, Objective)
         train_batches = read_train(train, paired=paired)
         val_batches = read_val(val, paired=paired_val)
-        return take_stock(self._problem), train_batches, val_batches
+        problem, scheduler = self._problem, self._problem.scheduler
+        if scheduler is None:
+            return Given(problem, take_stock(problem), train_batches, val_batches)
+        schedule = run_schedule(problem.opt, scheduler, train_batches.steps)
+        problem = replace(problem, opt=schedule.opt)
+        stock = replace(take_stock(problem), behind=schedule.behind)
+        return Given(problem, stock, train_batches, val_batches, schedule)
 
-    def _lowered(
-        self, stock: Stock, train: Batches, val: Batches, differentiate: bool
-    ) -> tuple[Lowered, ModuleType]:
+    def _lowered(self, given: Given, differentiate: bool) -> tuple[Lowered, ModuleType]:
+        stock, train, val = given.stock, given.train, given.val
         fingerprint = Fingerprint()
         key = (
             differentiate,
-            fingerprint.of_problem(self._problem),
+            fingerprint.of_problem(given.problem),
             _signature(stock),
             train.signature(),
             val.signature(),
@@ -129,22 +163,23 @@ class Program:
         while len(self._cache) > _MOST_CACHED:
             oldest = next(iter(self._cache))
             del self._cache[oldest], self._pinned[oldest]
-        scalars = known_scalars(stock)
         for lowered, module in variants:
+            scalars = known_scalars(given.read_as(lowered).stock)
             lifted = lowered.loop.lifted.values()
             same = lowered.lifted_require == tuple(t.requires_grad for t in lifted)
             if same and lowered.loop.holds(scalars, train, lowered.val_takes, val):
                 return lowered, module
         with torch.inference_mode(False):
             lowered = lower(
-                self._problem, self._options, stock, train, val, differentiate=differentiate
+                given.problem, self._options, stock, train, val, differentiate=differentiate
             )
         variants.append((lowered, load(lowered.generated)))
         return variants[-1]
 
     # -- results ----------------------------------------------------------------------------------
 
-    def _result(self, lowered: Lowered, stock: Stock, run: Run, loss: Tensor) -> Result:
+    def _result(self, lowered: Lowered, given: Given, run: Run, loss: Tensor) -> Result:
+        stock = given.stock
         last = lowered.pieces.steps[lowered.pieces.sequence[-1]]
         owned = {id(t) for t in pytree.tree_leaves(dict(run.inputs)) if isinstance(t, Tensor)}
         after: dict[Role, dict[str, Tensor]] = {role: {} for role in STATE_ROLES}
@@ -153,39 +188,53 @@ class Program:
             own = tensor.detach().clone() if id(tensor) in owned else tensor
             after[value.role][value.label] = own
         buffers = {
-            k: t.detach().clone() for k, t in stock.buffers.items() if k not in after[Role.BUFFER]
+            k: after[Role.BUFFER][k] if k in after[Role.BUFFER] else t.detach().clone()
+            for k, t in stock.buffers.items()
         }
+        own_buffers = {name for name, _ in self._problem.model.named_buffers()}
         assert run.inner_losses is not None
-        state: dict[str, Any] = {}
-        for owner, spec, leaves in lowered.loop.layout.state:
-            filled = [
-                after[Role.OPT_STATE][leaf.label] if isinstance(leaf, Leaf) else leaf
-                for leaf in leaves
-            ]
-            state[owner] = pytree.tree_unflatten(filled, spec)
+        layout = lowered.loop.layout
+        start = {**stock.theta, **stock.context, **stock.opt_state}
+        held: dict[str, Any] = {**start, **after[Role.OPT_STATE]}
+        held |= {label: plain_number(held[label]) for label in layout.traced}
+        made: dict[Any, Any] = {"self": self._problem.opt}
+        state = {owner: rebuild(tree, filler(held), made) for owner, tree in layout.state}
         return Result(
             loss=loss,
             params={
                 name: after[Role.THETA].get(name, parameter.detach())
                 for name, parameter in self._problem.model.named_parameters()
             },
-            buffers={k: {**buffers, **after[Role.BUFFER]}[k] for k in stock.buffers},
+            buffers={k: t for k, t in buffers.items() if k in own_buffers},
+            other_buffers={k: t for k, t in buffers.items() if k not in own_buffers},
             opt_state=state,
             inner_losses=run.inner_losses,
-            _write=self._apply,
+            average=_average(given.problem, after[Role.AVERAGE]),
+            scheduler=None if given.schedule is None else given.schedule.state,
+            _write=functools.partial(self._apply, given, layout, after),
         )
 
-    def _apply(self, result: Result) -> None:
+    def _apply(
+        self,
+        given: Given,
+        layout: Layout,
+        after: Mapping[Role, dict[str, Tensor]],
+        result: Result,
+    ) -> None:
         stock = take_stock(self._problem)
         by_label: dict[Any, Any] = {**stock.theta, **stock.context}
         with torch.no_grad():
             for label in stock.theta:
                 by_label[label].copy_(result.params[label])
-            for label, tensor in result.buffers.items():
+            for label, tensor in {**result.buffers, **result.other_buffers}.items():
                 stock.buffers[label].copy_(tensor)
-        for owner, state in result.opt_state.items():
-            own = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), state)
-            self._problem.opt.state[by_label.get(owner, owner)] = own
+            for label, tensor in after[Role.AVERAGE].items():
+                stock.average[label].copy_(tensor)
+        own = {label: tensor.detach().clone() for label, tensor in after[Role.OPT_STATE].items()}
+        write_back(self._problem.opt, layout, {**given.stock.opt_state, **own}, by_label)
+        if given.schedule is not None:
+            assert self._problem.scheduler is not None
+            put_back(given.schedule, self._problem.opt, self._problem.scheduler)
 
 
 #: Lowered programs that are kept; the least recently used goes first.
@@ -209,12 +258,27 @@ def _signature(stock: Stock) -> Any:
             rows.append((*row, isinstance(value, PerStep)))
         return tuple(rows)
 
-    groups = (stock.theta, stock.context, stock.buffers, stock.hyper, stock.opt_state)
+    groups = (
+        stock.theta,
+        stock.context,
+        stock.buffers,
+        stock.hyper,
+        stock.opt_state,
+        stock.average,
+    )
     return (tuple(described(group) for group in groups), repr(stock.layout))
 
 
-def _inputs(lowered: Lowered, stock: Stock, train: Batches, val: Batches) -> dict[str, Any]:
+def _average(problem: Problem, tensors: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    """The averaged tensors by the names that they have in the model."""
+    if problem.average is None:
+        return None
+    return {label: tensors[its] for label, its in averaged_labels(problem).items()}
+
+
+def _inputs(lowered: Lowered, given: Given) -> dict[str, Any]:
     """What the generated module reads, by label."""
+    stock = given.stock
     hyper = {
         label: value.per_step if isinstance(value, PerStep) else value
         for label, value in stock.hyper.items()
@@ -223,11 +287,12 @@ def _inputs(lowered: Lowered, stock: Stock, train: Batches, val: Batches) -> dic
         **stock.theta,
         **stock.opt_state,
         **stock.buffers,
+        **stock.average,
         **stock.context,
         **hyper,
         **lowered.loop.lifted,
     }
-    for batches in (train, val):
+    for batches in (given.train, given.val):
         for label, leaf in zip(batches.labels, batches.leaves, strict=True):
             everything[label] = list(leaf) if isinstance(leaf, tuple) else leaf
     labels = dict.fromkeys((*lowered.generated.labels, *lowered.pieces.wanted))

@@ -17,18 +17,32 @@ class Result:
         loss: Validation loss, 0-dim; ``loss.backward()`` fills ``.grad`` of the meta-parameters.
         params: All parameters of the model by name, detached: θ_T, and those that the optimizer
             does not hold as they are.
-        buffers: Buffers after the last step by name.
-        opt_state: The optimizer's state after the last step: ``{name: {key: value}}``.
+        buffers: Buffers of the model after the last step by name.
+        other_buffers: Those of losses, of a gradient transform and of the optimizer's networks, by
+            label.
+        opt_state: The optimizer's state after the last step: ``{name: {key: value}}``; what it
+            keeps under a name of its own stands under that name.
         inner_losses: Training losses of the inner steps, shape ``[T]``, detached.
+        average: Averaged parameters and buffers by their names in the model, detached; None where
+            there is no average. The validation loss is that of these.
+        scheduler: The scheduler's ``state_dict()`` after T steps, or None where there is none.
     """
 
     loss: Tensor
     params: Mapping[str, Tensor]
     buffers: Mapping[str, Tensor]
-    opt_state: Mapping[str, Any]
+    other_buffers: Mapping[str, Tensor]
+    opt_state: Mapping[Any, Any]
     inner_losses: Tensor
+    average: Mapping[str, Tensor] | None
+    scheduler: Mapping[str, Any] | None
     _write: Callable[[Result], None] = field(repr=False)
 
     def apply(self) -> None:
-        """Write θ_T, buffers and optimizer state back into the user's model and optimizer."""
+        """Write θ_T, buffers and optimizer state back into the user's model and optimizer.
+
+        A scheduler goes on from where it is after T steps, and its rates stand in the param
+        groups; where one was a tensor, a new tensor takes its place. An average gets its weights
+        and the number of models that it is of.
+        """
         self._write(self)
