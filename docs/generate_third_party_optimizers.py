@@ -33,7 +33,8 @@ created, later ones where the optimizer does something else. The meta-gradients,
 in a random direction and to the learning rates, are compared with finite differences of whole eager
 runs (relative 1e-5). An optimizer that draws noise is given the same noise on both sides. Where an
 optimizer computes in bfloat16 or float32 by itself, no difference quotient converges, and the
-gradients (or all of the row) are compared with these dtypes replaced by float64.
+gradients (or all of the row) are compared with these dtypes replaced by float64. Where a gradient
+does not exist, the cell is the verdict that unrollc gives before the run.
 
 | optimizer | θ_T | steps | θ_0 | `lr` | notes |
 |---|---|---|---|---|---|

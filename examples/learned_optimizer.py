@@ -310,6 +310,9 @@ def main(
     }
     curves = compare(methods, held_out, segments, problems, seed=seed + 1000)
     show_curves(methods, curves, segments)
+    console.print(
+        "Adam and SGD keep one learning rate, as in the paper; the LSTM may vary its own."
+    )
     for rival in ("Adam", "SGD"):
         for step in (segments - 1, 2 * segments - 1):
             beyond = ", beyond what it was trained for" if step >= segments else ""

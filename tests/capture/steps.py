@@ -64,7 +64,7 @@ def capture(
     ]
     names = Names()
     loop = capture_loop(problem, stock, batches, (*context, *data), frozenset(hyper), names)
-    graph, _, _ = capture_val(problem, stock, single, loop, names)
+    graph, _ = capture_val(problem, stock, single, loop, names)
     wanted = {
         *((Role.HYPER, label) for label in hyper),
         *((Role.CONTEXT, label) for label in context),

@@ -1,5 +1,6 @@
 """What an optimizer keeps outside its state: counters, attributes, objects, wrapped optimizers."""
 
+import itertools
 import math
 from collections import deque
 from collections.abc import Callable
@@ -69,6 +70,25 @@ class Cosine:
     def __call__(self) -> float:
         self.now += 1
         return 0.5 + 0.5 * math.cos(math.pi * self.now / self.period)
+
+
+class Ticks:
+    """A counter in a slot."""
+
+    __slots__ = ("now",)
+
+    def __init__(self) -> None:
+        self.now = 0
+
+
+class InSlot(Plain):
+    def __init__(self, params: Any) -> None:
+        super().__init__(params)
+        self.ticks = Ticks()
+
+    def factor(self, group: dict[str, Any]) -> Any:
+        self.ticks.now += 1
+        return 1.0 / self.ticks.now
 
 
 class InObject(Plain):
@@ -163,7 +183,7 @@ class ReadOut(Plain):
         return min(1.0, 0.3 / group["largest"]) * math.log(2.0 + size)
 
 
-KINDS = [InGroup, OnSelf, InObject, Aliased, InSet, Queue, Buffer, Wrapper, ReadOut]
+KINDS = [InGroup, OnSelf, InSlot, InObject, Aliased, InSet, Queue, Buffer, Wrapper, ReadOut]
 
 
 def problem(
@@ -240,6 +260,26 @@ def test_a_rate_that_is_a_tensor_is_not_written_to() -> None:
             return F.cross_entropy(other(val[0]), val[1])
 
     finite.assert_gradient(loss, lr, ours, step=1e-2)
+
+
+class Writing(Plain):
+    def factor(self, group: dict[str, Any]) -> Any:
+        group["lr"].mul_(0.5)
+        return 1.0
+
+
+def test_writing_to_a_rate_is_refused() -> None:
+    model, _, batches, val = problem(Plain)
+    opt = Writing(model.parameters(), lr=torch.tensor(0.1))
+    with pytest.raises(unrollc.CaptureError, match="writes to the tensor"):
+        unrollc.compile(model, opt, F.cross_entropy).lower(batches, val)
+
+
+def test_an_iterator_is_refused() -> None:
+    model, opt, batches, val = problem(Plain)
+    opt.steps = itertools.count(1)
+    with pytest.raises(unrollc.CaptureError, match=r"optimizer\.steps is an iterator"):
+        unrollc.compile(model, opt, F.cross_entropy).lower(batches, val)
 
 
 class Branching(Plain):

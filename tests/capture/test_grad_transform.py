@@ -31,13 +31,32 @@ class Counting(nn.Module):
 
 def test_python_state_is_refused() -> None:
     norms: list[Tensor] = []
-    counting = Counting()
-    appending = (lambda p: norms.append(clip_grad_norm_(p, 1.0)), lambda p: counting(p))
+    behind, counting = Counting(), Counting()
+    appending = (lambda p: norms.append(clip_grad_norm_(p, 1.0)), lambda p: behind(p))
     for transform in (*appending, counting):
         program, train, val = compiled(transform)
         with pytest.raises(unrollc.CaptureError, match="changes Python values"):
             program(train, val)
-    assert counting.calls <= 1
+    assert counting.calls == 0
+
+
+def test_tensors_from_outside_are_not_written_to() -> None:
+    """A running mean or a counter in a closure would change at capture alone."""
+    running = torch.tensor(0.5)
+
+    def averaging(parameters: list[Tensor]) -> None:
+        running.mul_(0.9).add_(parameters[0].grad.norm(), alpha=0.1)
+
+    def counting(parameters: list[Tensor]) -> None:
+        nonlocal running
+        running += 1
+
+    for transform in (averaging, counting):
+        program, train, val = compiled(transform)
+        with pytest.raises(unrollc.CaptureError, match="writes to a tensor from outside") as caught:
+            program(train, val)
+        assert "test_grad_transform.py" in str(caught.value)
+    assert running == 0.5
 
 
 def test_reading_data_is_refused() -> None:

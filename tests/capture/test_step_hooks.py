@@ -44,10 +44,15 @@ def clip_the_models(model: nn.Module) -> Callable[..., None]:
     return hook
 
 
-def project(opt: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    with torch.no_grad():
-        for parameter in opt.param_groups[0]["params"]:
-            parameter.clamp_(-0.5, 0.5)
+def project_held(model: nn.Module) -> Callable[..., None]:
+    held = list(model.parameters())  # references from before the capture
+
+    def hook(opt: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        with torch.no_grad():
+            for parameter in held:
+                parameter.clamp_(-0.5, 0.5)
+
+    return hook
 
 
 def halve_rate(opt: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -65,7 +70,7 @@ HOOKS: dict[str, tuple[Register, dict[str, Any]]] = {
         {"transform": clipped},
     ),
     "after": (
-        lambda opt, model: opt.register_step_post_hook(project),
+        lambda opt, model: opt.register_step_post_hook(project_held(model)),
         {"after": lambda theta: [w.clamp(-0.5, 0.5) for w in theta]},
     ),
     "a schedule": (
@@ -161,18 +166,19 @@ def test_what_one_step_would_hide_is_refused(registered: list[Any]) -> None:
 
 
 def test_gradients_of_earlier_training_are_refused() -> None:
+    model, train, val = task()
+    mine = list(model.parameters())
+
     class Holding(torch.optim.Optimizer):
-        """An optimizer with a list of its parameters beside its param groups."""
+        """An optimizer with a list of its parameters outside."""
 
         def __init__(self, parameters: Any) -> None:
-            self.mine = list(parameters)
-            super().__init__(self.mine, {"lr": 0.1})
+            super().__init__(parameters, {"lr": 0.1})
 
         def step(self, closure: Any = None) -> None:
             for parameter in self.param_groups[0]["params"]:
-                parameter.sub_(self.mine[0].grad.mean())
+                parameter.sub_(mine[0].grad.mean())
 
-    model, train, val = task()
     model[0].weight.grad = torch.ones_like(model[0].weight)
     program = unrollc.compile(model, Holding(model.parameters()), F.cross_entropy)
     with pytest.raises(unrollc.CaptureError, match=r"reads the gradient of 0\.weight"):

@@ -6,13 +6,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import unrollc
 from tests.gradients import learned
 from tests.gradients.learned import Build, Rule, Setting
-from tests.oracles import finite
+from tests.oracles import finite, ordinary
 from tests.oracles.compare import assert_close, relative_error
+from tests.oracles.objectives import unstack
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -83,6 +85,26 @@ def test_weights_and_initial_weights_equal_eager(variant: str) -> None:
         found, wanted = pytree.tree_leaves(dict(result.opt_state)), pytree.tree_leaves(state)
         for left, right in zip(found, wanted, strict=True):
             assert relative_error(left, right) < 1e-12
+
+
+@pytest.mark.parametrize("variant", ["lstm", "rates"])
+def test_weights_equal_finite_differences_of_ordinary_training(variant: str) -> None:
+    """The optimizer's own step, run on a copy; nothing of the oracle's rule takes part."""
+    build, _, labels = VARIANTS[variant]()
+    setting = Setting(build)
+    batches = unstack(setting.train)
+
+    def loss() -> Tensor:
+        trained = ordinary.train(setting.model, setting.opt, F.cross_entropy, batches, setting.val)
+        assert trained.loss is not None
+        return trained.loss
+
+    result = setting.program(meta=list(labels.values()))(setting.train, setting.val)
+    assert relative_error(result.loss, loss()) < 1e-12
+    for tensor, gradient in zip(
+        labels.values(), torch.autograd.grad(result.loss, list(labels.values())), strict=True
+    ):
+        finite.assert_gradient(loss, tensor, gradient, directions=1, step=2e-3)
 
 
 # --- approximations -------------------------------------------------------------------------------

@@ -98,6 +98,7 @@ class Setup:
         model: The model's class.
         note: Why it is not constructed by its defaults, for the page.
         step: The largest step of the finite differences.
+        singular: Why its gradients are NaN.
         narrow: Whether a number that depends on data is computed in less than float64.
     """
 
@@ -105,6 +106,7 @@ class Setup:
     model: type[nn.Module] = Small
     note: str = ""
     step: float = 1e-4
+    singular: str = ""
     narrow: bool = False
 
 
@@ -123,10 +125,11 @@ SETUPS: dict[str, Setup] = {
     "adammini": Setup(_of_model),
     **dict.fromkeys(("adalomo", "lomo"), Setup(_of_model, note=_FUSED)),
     **dict.fromkeys(("nero", "sm3", "lars", "scalableshampoo"), Setup(model=Convolution)),
-    # G of Small has rank 2, so that G·Gᵀ has a double eigenvalue and no basis of its own.
-    **dict.fromkeys(("soap", "splus"), Setup(model=Matrices)),
+    # G of Small has rank 2, so that GᵀG has a double eigenvalue and no eigenbasis of its own.
+    **dict.fromkeys(("soap", "splus", "conda", "lorarite"), Setup(model=Matrices)),
     "spectralsphere": Setup(model=Matrices),
     "flashadamw": Setup(step=1e-8),  # its state is rounded to 8 bits: between two jumps
+    "a2grad": Setup(singular="`a2grad.py:187` takes the root of what is zero in any first step"),
     "magma": Setup(narrow=True),  # cosines and their averages
     "demo": Setup(model=Matrices),
     "bsam": _with("", num_data=8),
@@ -225,21 +228,26 @@ def train_eagerly(
     return {name: p.detach() for name, p in model.named_parameters()}, loss
 
 
+_NARROW = (torch.bfloat16, torch.float16, torch.float32)
+
+
 class _Float64:
     """`torch`, in which every floating dtype is float64."""
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(torch, name)
-        narrow = value in (torch.bfloat16, torch.float16, torch.float32)
-        return torch.float64 if narrow else value
+        return torch.float64 if value in _NARROW else value
 
 
 class _WideMethods(TorchFunctionMode):
-    """``x.float()`` is ``x.double()``."""
+    """``x.float()`` is ``x.double()``, which a traced tensor says as ``x.to(dtype=...)``."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if kwargs.get("dtype") in _NARROW:
+            kwargs["dtype"] = torch.float64
         narrow = (Tensor.float, Tensor.half, Tensor.bfloat16)
-        return (Tensor.double if func in narrow else func)(*args, **(kwargs or {}))
+        return (Tensor.double if func in narrow else func)(*args, **kwargs)
 
 
 @contextlib.contextmanager
@@ -394,8 +402,7 @@ def _equal(name: str, draws: Draws, result: Any, scale: float | None = None) -> 
 def _is_narrow(node: Any) -> bool:
     """Whether a value with more than one element is computed in less than float64."""
     value = node.meta.get("val")
-    narrow = (torch.bfloat16, torch.float16, torch.float32)
-    return getattr(value, "dtype", None) in narrow and value.numel() > 1
+    return getattr(value, "dtype", None) in _NARROW and value.numel() > 1
 
 
 def _run(program: Any, lowered: Any, train: Any, val: Any) -> tuple[Draws, Any]:
@@ -418,6 +425,8 @@ def _compared(
     name: str, loss: Callable[[], float], tensor: Tensor, gradient: Tensor, steps: float = 1.0
 ) -> str:
     step = steps * setup_of(name).step
+    if bool(gradient.isnan().any()):
+        return f"NaN: {setup_of(name).singular}"
     (found,) = finite.compare(loss, tensor, gradient, directions=1, step=step)
     if found.agrees(DIFFERENCES):
         return CHECKED

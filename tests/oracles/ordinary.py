@@ -47,7 +47,13 @@ def _copied(
     ]
     opt.defaults = {key: _number(value) for key, value in defaults.items()}
     try:
-        return copy.deepcopy((model, opt))  # one call: the optimizer's parameters stay the model's
+        # One call: the optimizer's parameters stay the model's. Its attributes are copied beside
+        # it, because an optimizer's ``__getstate__`` leaves them out.
+        own = {key: value for key, value in vars(opt).items() if key not in ("state", "step")}
+        copied_model, copied_opt, copied = copy.deepcopy((model, opt, own))
+        for key, value in copied.items():
+            vars(copied_opt).setdefault(key, value)
+        return copied_model, copied_opt
     finally:
         opt.param_groups, opt.defaults = groups, defaults
 

@@ -14,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from unrollc.capture.gradients import unchanged
 from unrollc.capture.model import in_place_of_users, swapped
+from unrollc.capture.outside import NoOutsideWrites
 from unrollc.capture.problem import Problem, Stock
 from unrollc.capture.record import Recorder
 from unrollc.capture.scalars import ScalarSlots
@@ -80,6 +81,7 @@ def run_user_average(
     with (
         unchanged(problem.average.avg_fn, "the averaging function"),
         unchanged(problem.average.multi_avg_fn, "the averaging function"),
+        NoOutsideWrites(recorder),
         in_place_of_users(problem, stock, recorder, tensors),
         swapped(problem.average, own, prefix, after),
         ScalarSlots(recorder),

@@ -19,7 +19,7 @@ _DEPTH = 4
 _ITEMS = 64
 
 #: Attributes of a module that are keyed elsewhere or that PyTorch itself maintains.
-_MODULE_PARTS = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
+MODULE_PARTS = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
 _OPTIMIZER_PARTS = {"state", "param_groups", "step"}
 
 
@@ -102,7 +102,7 @@ class Fingerprint:
         """Attributes and modes of a module and of all within it."""
         rows = []
         for name, child in root.named_modules():
-            own = {k: v for k, v in vars(child).items() if k not in _MODULE_PARTS}
+            own = {k: v for k, v in vars(child).items() if k not in MODULE_PARTS}
             rows.append((name, type(child), self.of(own, depth - 1)))
         return tuple(rows)
 

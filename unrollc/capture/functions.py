@@ -20,8 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.utils.checkpoint import CheckpointFunction
 
+from unrollc.capture.nests import is_continuous
 from unrollc.capture.record import Recorder
+from unrollc.capture.wrappers import run_checkpointed
 from unrollc.errors import CaptureError
 from unrollc.step import ATTACH
 
@@ -74,10 +77,12 @@ def declared_functions(recorder: Recorder) -> Iterator[None]:
         if cls.__module__ == "torch.nn.modules._functions":
             raise CaptureError(
                 f"{cls.__name__} is computed and differentiated by hand in PyTorch",
-                where=recorder._sources.here(),
+                where=recorder.sources.here(),
                 why="it writes into tensors that it makes, and its backward has no derivative",
                 remedy="use a module that is made of differentiable ops",
             )
+        if cls is CheckpointFunction:  # run_function, preserve_rng_state, *args
+            return run_checkpointed(recorder.sources, args[0], *args[2:])
         if _is_torchs(cls):
             return original(cls, *args, **kwargs)
         if not transforming():
@@ -141,7 +146,7 @@ def _refuse_once_differentiable(cls: Any, recorder: Recorder) -> None:
     if hasattr(cls.backward, "__wrapped__"):
         raise CaptureError(
             f"{cls.__name__}.backward is marked once_differentiable",
-            where=recorder._sources.here(),
+            where=recorder.sources.here(),
             why="a meta-gradient differentiates the inner gradient, and with it this backward",
             remedy="remove once_differentiable if backward is made of differentiable ops",
         )
@@ -189,7 +194,7 @@ def _apply_declared(cls: Any, recorder: Recorder, args: tuple[Any, ...]) -> Any:
 
 
 def _needs(args: tuple[Any, ...]) -> tuple[bool, ...]:
-    return tuple(isinstance(value, Tensor) and value.is_floating_point() for value in args)
+    return tuple(is_continuous(value) for value in args)
 
 
 def _fill(args: tuple[Any, ...], slots: list[int], tensors: tuple[Tensor, ...]) -> list[Any]:
@@ -222,7 +227,7 @@ def _attach(
     smooth = [
         index
         for index, value in enumerate(outputs)
-        if isinstance(value, Tensor) and value.is_floating_point() and id(value) not in fixed
+        if is_continuous(value) and id(value) not in fixed
     ]
     if not smooth:
         return outputs

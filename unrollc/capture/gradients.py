@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from unrollc.capture.fingerprint import Fingerprint
 from unrollc.capture.model import in_place_of_users
+from unrollc.capture.outside import NoOutsideWrites
 from unrollc.capture.problem import Problem, Stock
 from unrollc.capture.record import Recorder
 from unrollc.capture.scalars import ScalarSlots
@@ -54,6 +55,7 @@ def run_user_transform(
     handed = [tensors[label] for label in held if label in gradients]
     with (
         unchanged(problem.grad_transform, "grad_transform"),
+        NoOutsideWrites(recorder),
         in_place_of_users(problem, stock, recorder, tensors),
         ScalarSlots(recorder),
         torch.no_grad(),

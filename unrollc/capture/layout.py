@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,7 +104,8 @@ def read_layout(
         is_traced_number: Whether a tensor stands for a number.
 
     Raises:
-        CaptureError: If the step has put another tensor in the place of a hyperparameter.
+        CaptureError: If the step has put another tensor in the place of a hyperparameter, or if
+            the optimizer keeps an iterator.
     """
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, int | float] = {}
@@ -130,6 +132,13 @@ def read_layout(
             numbers[label] = value
         if hasattr(value, "per_step"):
             return Leaf(label)
+        if isinstance(value, Iterator) and not isinstance(value, io.IOBase):
+            raise CaptureError(
+                f"{label} is an iterator ({type(value).__name__})",
+                why="its position cannot be read or put back, so the steps of the loop cannot be "
+                "told apart",
+                remedy="keep a number and index with it",
+            )
         return value if isinstance(value, _PLAIN_VALUES) else Opaque(value)
 
     def hyperparameter(label: str, value: Any) -> Any:
@@ -172,7 +181,7 @@ def read_layout(
     attributes = [
         (
             name,
-            Opaque(value)
+            (value if isinstance(value, str) else Opaque(value))  # load_state_dict makes a new one
             if name in MACHINERY
             else flatten(value, f"optimizer.{name}", attribute, owners, known, flags),
         )

@@ -17,8 +17,10 @@ from typing import Any
 from torch import Tensor
 
 from unrollc.capture.assemble import Concretes, assemble_graph, closure_label, same_graph
+from unrollc.capture.attributes import Attributes, read_attributes
 from unrollc.capture.batches import Batches
 from unrollc.capture.layout import Layout, Manner, changed_numbers
+from unrollc.capture.model import captured
 from unrollc.capture.naming import Names
 from unrollc.capture.one_step import Kind, Shared, Start, StepRecording
 from unrollc.capture.problem import PerStep, Problem, Stock, read_again
@@ -38,7 +40,9 @@ class Loop:
         kind_sequence: For each step, an index into `kinds`.
         layout: The optimizer's layout after the last step.
         lifted: Tensors that the user's code brought in from outside, by label.
-        scalars: Hyperparameters and counters after the last step, where they are known.
+        attributes: Python attributes of the modules after the last step.
+        known: Known scalars after the last step.
+        ending: What the validation loss took from them, once it has been captured.
         manner: How the optimizer was captured.
     """
 
@@ -48,36 +52,35 @@ class Loop:
     kind_sequence: tuple[int, ...]
     layout: Layout
     lifted: dict[str, Tensor]
-    scalars: dict[str, Tensor]
     manner: Manner
+    attributes: Attributes
+    known: dict[str, Tensor]
+    ending: Concretes | None = None
 
-    def holds(
-        self, concrete: Mapping[str, Any], train: Batches, after: Concretes, val: Batches
-    ) -> bool:
+    def holds(self, concrete: Mapping[str, Any], train: Batches, val: Batches) -> bool:
         """Whether the guards hold for the current scalars and data.
 
         Args:
             concrete: Hyperparameters and counters (`known_scalars`).
             train: The batches of all steps.
-            after: What the validation loss took.
-            val: Its batch.
+            val: That of the validation loss.
         """
-        guarded = [kind.concretes for kind in self.kinds if kind.concretes.guards]
+        every = [*(kind.concretes for kind in self.kinds), self.ending]
+        guarded = [concretes for concretes in every if concretes and concretes.guards]
         read = {label for concretes in guarded for label in concretes.guarded.inputs}
-        read |= set(after.guarded.inputs)
         if not read:
             return True
         known = {label: value for label, value in concrete.items() if not _is_per_step(value)}
         known |= closures_read(read, self.lifted)
         counted = {label for kind in self.kinds for label in kind.concretes.counters}
         if read <= set(known) - counted:
-            return all(concretes.accept(known) for concretes in (*guarded, after))
+            return all(concretes.accept(known) for concretes in guarded)
         for step, index in enumerate(self.kind_sequence):
             here = _at_step(concrete, step) | known | data_read(read, train, step)
             if not self.kinds[index].concretes.accept(here):
                 return False
             known = {**known, **self.kinds[index].concretes.advance(here)}
-        return after.accept({**known, **data_read(read, val)})
+        return self.ending is None or self.ending.accept({**known, **data_read(read, val)})
 
 
 def data_read(read: set[str], batches: Batches, step: int = 0) -> dict[str, Tensor]:
@@ -105,11 +108,15 @@ def _at_step(concrete: Mapping[str, Any], step: int) -> dict[str, Tensor]:
 
 
 def known_scalars(stock: Stock) -> dict[str, Any]:
-    """Scalars whose values capture may look at: hyperparameters and counters."""
+    """Scalars whose values capture may look at: hyperparameters, counters and positions.
+
+    A position in a ring of memories is often an integer buffer of shape [1].
+    """
     counters = {
         label: tensor.detach().cpu()
         for label, tensor in {**stock.opt_state, **stock.buffers, **_counts(stock)}.items()
-        if tensor.dim() == 0 and tensor.device.type != "meta"
+        if tensor.device.type != "meta"
+        and (tensor.dim() == 0 or (tensor.numel() == 1 and not tensor.is_floating_point()))
     }
     hyper = {
         label: value if isinstance(value, PerStep) else value.detach().cpu()
@@ -192,6 +199,7 @@ def _capture_with(
     sequence: list[int] = []
     layout, state = stock.layout, dict(stock.opt_state)
     tuned: dict[str, tuple[str, ...]] = {}
+    attributes = read_attributes(problem)
     scalars = known_scalars(stock)
     known: dict[str, Tensor] = {k: v for k, v in scalars.items() if not _is_per_step(v)}
     while len(sequence) < train.steps:
@@ -201,9 +209,10 @@ def _capture_with(
             **{k: v for k, v in _at_step(scalars, step).items() if k in stock.hyper},
         }
         batch = _batch_signature(train, step)
-        chosen = _reusable(kinds, layout, batch, {**concrete, **_given(kinds, shared, train, step)})
+        given = {**concrete, **_given(kinds, shared, train, step)}
+        chosen = _reusable(kinds, layout, batch, given, attributes.description)
         if chosen is None:
-            start = Start(layout, state, tuned)
+            start = Start(layout, state, tuned, attributes)
             recording = functools.partial(StepRecording, problem, stock, start, shared)
             record = functools.partial(_record, recording, train, step, concrete)
             graph, kind = through_zero_branch(record, requested, stock, train.at(step))
@@ -216,10 +225,10 @@ def _capture_with(
             chosen = len(kinds) - 1
         kind = kinds[chosen]
         sequence.append(chosen)
-        settled = kind.before == kind.after and not kind.concretes.guards
-        if settled and train.form != "list":
+        if kind.settled and train.form != "list":
             sequence.extend([chosen] * (train.steps - len(sequence)))
         layout, state, tuned = kind.after, kind.state, kind.tuned
+        attributes = kind.attributes.after
         hyper = {k: v for k, v in known.items() if k in stock.hyper}
         # Only the validation loss reads counters after the loop, and only those of buffers.
         last = len(sequence) if set(kind.concretes.counters) & set(stock.buffers) else step + 1
@@ -235,7 +244,8 @@ def _capture_with(
         kind_sequence=tuple(sequence),
         layout=layout,
         lifted=lifted_by_label,
-        scalars=known,
+        attributes=attributes,
+        known=known,
         manner=shared.manner,
     )
 
@@ -254,7 +264,12 @@ def _record(
     concrete: Mapping[str, Tensor],
     nonzero: frozenset[str],
 ) -> tuple[StepGraph, Kind]:
-    return recording().capture(train, step, concrete, nonzero)
+    def capture(compiling: bool) -> tuple[StepGraph, Kind]:
+        made = recording()
+        made.recorder.compiling = compiling
+        return made.capture(train, step, concrete, nonzero)
+
+    return captured(capture)
 
 
 def _check_per_step(stock: Stock, steps: int) -> None:
@@ -271,10 +286,16 @@ def _batch_signature(train: Batches, step: int) -> tuple[Any, ...]:
 
 
 def _reusable(
-    kinds: list[Kind], layout: Layout, batch: tuple[Any, ...], concrete: Mapping[str, Tensor]
+    kinds: list[Kind],
+    layout: Layout,
+    batch: tuple[Any, ...],
+    concrete: Mapping[str, Tensor],
+    attributes: Any,
 ) -> int | None:
     for index, kind in enumerate(kinds):
-        if kind.before == layout and kind.batch == batch and kind.concretes.accept(concrete):
+        alike = (kind.before, kind.batch) == (layout, batch)
+        alike = alike and kind.attributes.before.description == attributes
+        if alike and kind.concretes.accept(concrete):
             return index
     return None
 
@@ -298,6 +319,8 @@ _SETTLING = (Role.BUFFER, Role.OPT_STATE)
 
 
 def _retyped(graph: StepGraph, settled: set[str]) -> StepGraph:
+    if not any(value.label in settled for value, _ in graph.inputs_with(*_SETTLING)):
+        return graph
     inputs = tuple(
         replace(value, role=Role.CONTEXT)
         if value.role in _SETTLING and value.label in settled

@@ -6,26 +6,48 @@ import contextlib
 import functools
 import random
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DynamicOutputShapeException
+from torch._functorch.eager_transforms import enable_inplace_requires_grad
+from torch.compiler import _compile_session_context
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.overrides import TorchFunctionMode
 
+from unrollc.capture.attributes import Attributes, Carried, Fresh, attributes_carried
 from unrollc.capture.batches import as_arguments
 from unrollc.capture.equivalents import equivalent
 from unrollc.capture.functions import declared_functions
 from unrollc.capture.nests import map_tensors
 from unrollc.capture.problem import Loss, Objective, Problem, Stock
 from unrollc.capture.record import Recorder
+from unrollc.capture.refusals import ReadsDataError
 from unrollc.capture.source import error_source
 from unrollc.capture.values import read_values
+from unrollc.capture.wrappers import wrappers_undone
 from unrollc.errors import CaptureError, UnrollcError
 from unrollc.step import Phase
+
+T = TypeVar("T")
+
+
+def captured(capture: Callable[[bool], T]) -> T:
+    """``capture(False)``; where that reads data, ``capture(True)``, as code that is compiled.
+
+    Libraries look into tensors for a short cut (is there any padding?) and leave that out where
+    `torch.compiler.is_compiling` says so. Where both ways fail, the first error counts.
+    """
+    try:
+        return capture(False)
+    except ReadsDataError:
+        with contextlib.suppress(CaptureError):
+            return capture(True)
+        raise
 
 
 def module_names(problem: Problem) -> dict[int, str]:
@@ -38,25 +60,43 @@ def module_names(problem: Problem) -> dict[int, str]:
 
 
 @contextlib.contextmanager
-def capturing(problem: Problem, recorder: Recorder) -> Iterator[None]:
+def capturing(problem: Problem, recorder: Recorder, start: Attributes) -> Iterator[Carried]:
     """Settings under which user code is traced; everything is restored afterwards.
 
     Fused attention has no double backward and fused recurrent kernels no decomposition, so the
-    plain ones are captured. Module attributes that a forward sets are put back.
+    plain ones are captured.
+
+    Args:
+        problem: The user's objects.
+        recorder: What they are recorded by.
+        start: The attributes of modules as the step before left them.
     """
     check_hooks(problem)
+    with (
+        _ONE_AT_A_TIME,
+        _plain_kernels(),
+        declared_functions(recorder),
+        wrappers_undone(recorder.sources),
+        torch.enable_grad(),
+        _generators_restored(),
+        attributes_carried(problem, start) as carried,
+    ):
+        recorder.stale = carried.before.stale
+        yield carried
+
+
+#: Captures change settings of the whole process, so one runs at a time.
+_ONE_AT_A_TIME = threading.RLock()
+
+
+@contextlib.contextmanager
+def _plain_kernels() -> Iterator[None]:
     fastpath = torch.backends.mha.get_fastpath_enabled()
     fused_recurrent = torch._C._get_mkldnn_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     torch._C._set_mkldnn_enabled(False)
     try:
-        with (
-            sdpa_kernel(SDPBackend.MATH),
-            declared_functions(recorder),
-            _attributes_restored(problem),
-            torch.enable_grad(),
-            _generators_restored(),
-        ):
+        with sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
@@ -90,35 +130,6 @@ def check_hooks(problem: Problem) -> None:
             )
 
 
-@contextlib.contextmanager
-def _attributes_restored(problem: Problem) -> Iterator[None]:
-    modules = [child for module in problem.modules.values() for child in module.modules()]
-    before = []
-    for module in modules:
-        contents = {
-            key: value.copy()
-            for key, value in vars(module).items()
-            if isinstance(value, dict | list | set)
-        }
-        before.append((module, dict(vars(module)), contents))
-    try:
-        yield
-    finally:
-        for module, attributes, contents in before:
-            vars(module).clear()
-            vars(module).update(attributes)
-            for key, content in contents.items():
-                _refill(attributes[key], content)
-
-
-def _refill(container: Any, content: Any) -> None:
-    container.clear()
-    if isinstance(container, list):
-        container.extend(content)
-    else:
-        container.update(content)
-
-
 _DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 
 
@@ -140,6 +151,12 @@ class _Substituted(TorchFunctionMode):
 
         if func == _DATA:  # torch.func records no stop-gradient for it
             return replaced(args[0]).detach()
+        if func is Tensor.__deepcopy__:  # of a parameter: a leaf of its own, which starts anew
+            copied = args[1][id(args[0])] = replaced(args[0]).detach().clone()
+            return copied
+        if func is F.scaled_dot_product_attention:  # whatever kernel the model asks for
+            with sdpa_kernel(SDPBackend.MATH):
+                return func(*map_tensors(replaced, args), **map_tensors(replaced, kwargs or {}))
         stands = equivalent(func, self._read) or func
         return stands(*map_tensors(replaced, args), **map_tensors(replaced, kwargs or {}))
 
@@ -162,7 +179,13 @@ def run_user_loss(
         tensors: Replacements by label; buffers that the forward rebinds are updated in it.
         batch: ``(inputs, target)``, or what an objective takes.
     """
-    with in_place_of_users(problem, stock, recorder, tensors):
+    with contextlib.ExitStack() as entered:
+        entered.enter_context(in_place_of_users(problem, stock, recorder, tensors))
+        entered.enter_context(Fresh(recorder.stale, recorder.sources))
+        if recorder.compiling:
+            entered.enter_context(_compile_session_context())
+        # For torch.autograd.grad by a tensor that the loss marks with requires_grad_().
+        entered.enter_context(enable_inplace_requires_grad(True))
         recorder.phase = Phase.FORWARD
         if isinstance(loss, Objective):
             value = loss.fn(problem.model, batch)
@@ -262,8 +285,8 @@ def inner_gradient(
         theta: Fast weights by label.
         extra: Other tensors whose gradient is recorded too (mixed mode needs it); a label of a
             batch leaf stands for that leaf.
-        rest: The remaining parameters and all buffers.
-        batch: The batch in the user's structure, given the tensors of `extra`.
+        rest: The remaining parameters, all buffers and the other leaves of the batch.
+        batch: The batch in the user's structure, given its leaves by label.
 
     Returns:
         Gradients of θ, gradients of `extra`, the loss, and the tensors after the forward pass.
@@ -273,7 +296,7 @@ def inner_gradient(
         theta: dict[str, Tensor], extra: dict[str, Tensor], rest: dict[str, Tensor]
     ) -> tuple[Tensor, tuple[Tensor, dict[str, Tensor]]]:
         tensors = {**rest, **theta, **extra}
-        value = run_user_loss(problem, stock, problem.loss, recorder, tensors, batch(extra))
+        value = run_user_loss(problem, stock, problem.loss, recorder, tensors, batch(tensors))
         recorder.phase = Phase.GRADIENT
         after = {label: tensors[label] for label in rest}
         return value, (value, after)
@@ -314,14 +337,6 @@ def explained(
         yield
     except (UnrollcError, AssertionError):
         raise
-    except DynamicOutputShapeException as error:
-        raise CaptureError(
-            "the shape of a result depends on the data",
-            where=error_source(error),
-            why=f"{error.func} returns as many elements as meet a condition (boolean indexing, "
-            "nonzero, unique), so one graph cannot stand for all inputs",
-            remedy="keep all elements and use torch.where or a product with the mask",
-        ) from error
     except Exception as error:
         raise CaptureError(
             f"{what} cannot be captured: {type(error).__name__}: {error}",

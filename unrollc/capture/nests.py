@@ -21,6 +21,11 @@ def map_tensors(change: Callable[[Tensor], Any], value: Any) -> Any:
     return value
 
 
+def is_continuous(value: Any) -> bool:
+    """Whether a value is a tensor of real or complex numbers, which can have a derivative."""
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+
+
 def tensors_in(value: Any) -> list[Tensor]:
     """The tensors of a nest, in order."""
     found: list[Tensor] = []

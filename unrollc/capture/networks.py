@@ -126,7 +126,7 @@ def running(
     swapped = {id(tensor) for tensor in tensors.values()}  # an LSTM has a list of its weights
     for prefix, network in networks.items():
         for name, module in network.named_modules():
-            refuse_kept(f"{prefix}{name}".rstrip("."), vars(module), swapped)
+            _refuse_kept(f"{prefix}{name}".rstrip("."), module, swapped)
 
 
 def _recorded(forward: Any, recorder: Recorder) -> Any:
@@ -143,20 +143,14 @@ def _recorded(forward: Any, recorder: Recorder) -> Any:
     return recorded
 
 
-def refuse_kept(owner: str, attributes: Mapping[str, Any], known: Collection[int]) -> None:
-    """Refuse a tensor that a step leaves behind in an attribute.
-
-    Args:
-        owner: Whose attributes they are.
-        attributes: After the step.
-        known: Ids of the traced tensors that may stand there.
-    """
-    for key, value in attributes.items():
-        found = [] if key in (*_PARTS, *_OWN) else tensors_in(value)
-        if any(isinstance(t, FunctionalTensor) and id(t) not in known for t in found):
+def _refuse_kept(label: str, module: nn.Module, swapped: Collection[int]) -> None:
+    """Refuse a traced tensor that a step leaves behind in an attribute of a network's."""
+    for key, value in vars(module).items():
+        found = [] if key in _PARTS else tensors_in(value)
+        if any(isinstance(t, FunctionalTensor) and id(t) not in swapped for t in found):
             raise CaptureError(
-                f"{owner} keeps a tensor of the step in its attribute {key!r}",
+                f"{label} keeps a tensor of the step in its attribute {key!r}",
                 why="state that one step hands to the next belongs into optimizer.state or into a "
                 "buffer; every captured step would begin with the attribute as it is now",
-                remedy=f'keep it in self.state[parameter] or self.state["{key}"]',
+                remedy=f'keep it in self.state[parameter] or self.state["{key}"] of the optimizer',
             )

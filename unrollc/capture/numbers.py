@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 from unrollc.capture.nests import map_tensors, tensors_in
 from unrollc.capture.record import Recorder
-from unrollc.capture.scalars import stays_tensor
+from unrollc.capture.scalars import called_by_operator, stays_tensor
 
 _LOCK = threading.Lock()
 
@@ -54,8 +54,7 @@ class _Numbers(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        in_place = name.endswith("_") and not name.startswith("__")
-        if in_place and args and self.is_number(args[0]):  # ``x += y``: a number is not written to
+        if name.endswith("_") and not name.startswith("__") and args and self._fixed(args[0]):
             func = getattr(Tensor, name.removesuffix("_"))
         if func is torch.tensor and isinstance(args[0], Tensor) and self.is_number(args[0]):
             dtype = kwargs.get("dtype") or torch.get_default_dtype()
@@ -65,6 +64,16 @@ class _Numbers(TorchFunctionMode):
         if isinstance(result, Tensor) and (name == "item" or self._computes(name, args, kwargs)):
             self.add(result, args)
         return result
+
+    def _fixed(self, tensor: Any) -> bool:
+        """Whether ``x += y`` must leave other names for `tensor` alone, as it does for a number.
+
+        A hyperparameter is a tensor for the user as well, who may write to it by a method: that
+        is refused elsewhere.
+        """
+        if not isinstance(tensor, Tensor) or not self.is_number(tensor):
+            return False
+        return id(tensor) not in self._typed or called_by_operator()
 
     def add(self, result: Tensor, operands: Any) -> None:
         """Take a result for a number."""

@@ -16,6 +16,7 @@ from unrollc.capture.assemble import (
     concretes_of,
     labels_of_nodes,
 )
+from unrollc.capture.attributes import Attributes, Carried
 from unrollc.capture.averaging import run_user_average
 from unrollc.capture.batches import Batches
 from unrollc.capture.fingerprint import step_hooks_of
@@ -88,6 +89,7 @@ class Kind:
             labels of these.
         zero_tests: Hyperparameters that are exactly zero where the code asks whether they are.
         branches: Tests of hyperparameters, with their outcome.
+        attributes: Python attributes of the modules before and after.
     """
 
     graph: int
@@ -100,6 +102,13 @@ class Kind:
     tuned: dict[str, tuple[str, ...]]
     zero_tests: tuple[tuple[str, Source | None], ...]
     branches: tuple[Branch, ...]
+    attributes: Carried
+
+    @property
+    def settled(self) -> bool:
+        """Whether the next step starts as this one did."""
+        unchanged = self.attributes.before.description == self.attributes.after.description
+        return self.before == self.after and not self.concretes.guards and unchanged
 
 
 @dataclass(frozen=True)
@@ -110,11 +119,13 @@ class Start:
         layout: The optimizer's layout.
         state: Example tensors of its state.
         tuned: Known scalars of the state that hyperparameters had a part in (`Kind.tuned`).
+        attributes: Python attributes of the modules.
     """
 
     layout: Layout
     state: Mapping[str, Tensor]
     tuned: Mapping[str, tuple[str, ...]]
+    attributes: Attributes
 
 
 @dataclass(frozen=True)
@@ -140,6 +151,7 @@ class StepRecording:
     def __init__(self, problem: Problem, stock: Stock, start: Start, shared: Shared) -> None:
         self.problem, self.stock, self.shared = problem, stock, shared
         self.layout, self.state, self.tuned = start.layout, start.state, start.tuned
+        self.attributes = start.attributes
         self.names = shared.names
         self.recorder = Recorder(SourceFinder(module_names(problem)))
         changing = {**stock.theta, **stock.opt_state, **stock.average}
@@ -177,7 +189,10 @@ class StepRecording:
             return self._step(dict(zip(labels, tensors, strict=True)), train)
 
         try:
-            with capturing(self.problem, recorder), explained("the inner step"):
+            with (
+                capturing(self.problem, recorder, self.attributes) as carried,
+                explained("the inner step"),
+            ):
                 results = recorder.run(run_user_step, inputs)
         except CaptureError as error:
             error.in_update = recorder.phase is Phase.UPDATE
@@ -216,6 +231,7 @@ class StepRecording:
             tuned=tuned,
             zero_tests=tuple(recorder.zero_tests),
             branches=_branches(recorder),
+            attributes=carried,
         )
         return graph, kind
 
@@ -265,12 +281,12 @@ class StepRecording:
         recorder, stock = self.recorder, self.stock
         extra = {label: tensors[label] for label in self.shared.extra}
         theta = {label: tensors[label] for label in stock.theta}
-        rest = {label: tensors[label] for label in (*stock.context, *stock.buffers, *stock.average)}
+        others = (*stock.context, *stock.buffers, *stock.average, *train.labels)
+        rest = {label: tensors[label] for label in others}
         rest = {label: tensor for label, tensor in rest.items() if label not in extra}
 
         def batch(wrapped: Mapping[str, Tensor]) -> Any:
-            leaves = [wrapped.get(label, tensors[label]) for label in train.labels]
-            return pytree.tree_unflatten(leaves, train.spec)
+            return pytree.tree_unflatten([wrapped[label] for label in train.labels], train.spec)
 
         gradients, extra_gradients, loss, after = inner_gradient(
             self.problem, stock, recorder, theta, extra, rest, batch

@@ -64,7 +64,15 @@ def run_user_update(
         ForeachAsLoops(),
         torch.no_grad(),
     ):
+        nodes = {label: recorder.node_of(tensor) for label, tensor in own.items()}
         type(opt).step(twin)
+        for label, tensor in own.items():
+            if recorder.node_of(tensor) is not nodes[label]:
+                raise CaptureError(
+                    f"the optimizer writes to the tensor {label}",
+                    why="a hyperparameter is the same at every inner step",
+                    remedy="keep what changes in optimizer.state, or give unrollc.PerStep",
+                )
     return read_layout(twin, traced_owners, manner, own, is_number)
 
 

@@ -16,17 +16,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch._subclasses.functional_tensor import FunctionalTensor, disable_functional_mode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from unrollc.capture.functionalize import RecordedFunctionalization, from_functional
-from unrollc.capture.nests import map_tensors, tensors_in
+from unrollc.capture import refusals
+from unrollc.capture.functional import RecordedFunctionalization, from_functional
+from unrollc.capture.nests import is_continuous, map_tensors, tensors_in
 from unrollc.capture.noise import as_noise
 from unrollc.capture.source import SourceFinder
 from unrollc.capture.strided import scatter_strided
-from unrollc.errors import CaptureError, Source
+from unrollc.errors import Source
 from unrollc.step import Noise, Phase, placeholder
 
 aten = torch.ops.aten
@@ -79,6 +85,9 @@ class Recorder(TorchDispatchMode):
         guards: Where Python read such a value.
         fast: Labels of the user's parameters that are fast weights, by id; code that reads one
             from outside would see a stale value.
+        stale: Tensors that an earlier step left in attributes of modules, by id, with their names.
+        sources: Finds the user's line.
+        compiling: Whether code that asks is told that it is being compiled (`model.captured`).
         nonzero: Labels of hyperparameters for which ``x != 0`` is answered with yes.
         zero_tests: Hyperparameters equal to zero that the code compared with zero.
         assumed: Answers given for `nonzero`; the graph is valid under the others as well.
@@ -98,12 +107,14 @@ class Recorder(TorchDispatchMode):
         self.guards: list[Guard] = []
         self.nonzero: frozenset[str] = frozenset()
         self.fast: dict[int, str] = {}
+        self.stale: dict[int, str] = {}
+        self.compiling = False
         self.zero_tests: list[tuple[str, Source | None]] = []
         self.assumed: list[Guard] = []
         self.origin: fx.Node | None = None
         self.declaring = False
         self.networks_running = 0
-        self._sources = sources
+        self.sources = sources
         self._nodes: dict[int, fx.Node] = {}
         self._alive: list[Tensor] = []
         self._lines: dict[int, Source | None] = {}
@@ -201,12 +212,18 @@ class Recorder(TorchDispatchMode):
                 return func._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
         if torch.Tag.nondeterministic_seeded in func.tags:
             return self._draw(func, args, kwargs)
-        with self.fake_mode:
-            result = func(*args, **kwargs)
+        result = self._faked(func, args, kwargs)
         if not isinstance(result, Tensor) and not tensors_in(result):
             return result
         self._write(func, args, kwargs, result)
         return result
+
+    def _faked(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        try:
+            with self.fake_mode:
+                return func(*args, **kwargs)
+        except (DynamicOutputShapeException, DataDependentOutputException) as error:
+            raise refusals.shape_of_data(func, self._line()) from error
 
     def _write(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
@@ -241,7 +258,7 @@ class Recorder(TorchDispatchMode):
                     if node in self.concrete:
                         self.concrete[part] = self.concrete[node][index]
         if stop:
-            self._stopped.update(dict.fromkeys(made))
+            self._stopped.update(dict.fromkeys(n for n in made if _may_move(n)))
         return node
 
     def _transparent(self, func: Any, args: tuple[Any, ...], result: Any) -> fx.Node | None:
@@ -264,15 +281,10 @@ class Recorder(TorchDispatchMode):
             if real is tensor:
                 return node.meta["val"]  # type: ignore[no-any-return]
         if isinstance(tensor, FakeTensor):
-            raise AssertionError("a fake tensor of unknown origin reached the recorder")
+            assert self.origin is None, "a fake tensor of unknown origin reached the recorder"
+            raise refusals.of_another_step(self._line())
         if id(tensor) in self.fast:
-            raise CaptureError(
-                f"the code reads {self.fast[id(tensor)]} behind the model's back",
-                where=self._line(),
-                why="it changes from step to step; a reference from outside (an attribute of "
-                "the optimizer, say) would see its initial value at every step",
-                remedy="reach it through the model or through optimizer.param_groups",
-            )
+            raise refusals.behind_the_back(self.fast[id(tensor)], self._line())
         fake = self.input(f"lifted_{len(self.lifted)}", tensor)
         node = self._nodes[id(fake)]
         self.lifted.append((tensor, node))
@@ -291,12 +303,7 @@ class Recorder(TorchDispatchMode):
             like = func(*args, **kwargs)
         found = as_noise(func, args, kwargs, like)
         if found is None:
-            raise CaptureError(
-                f"the random op {func} cannot be captured",
-                where=self._line(),
-                why="its distribution depends on data in a way that is not known to unrollc",
-                remedy="draw the noise with torch.rand/randn/bernoulli and transform it",
-            )
+            raise refusals.unknown_noise(func, self._line())
         noise, finish = found
         example = torch.empty(noise.shape, dtype=noise.dtype, device="meta")
         with self.fake_mode:
@@ -339,13 +346,7 @@ class Recorder(TorchDispatchMode):
             if label in self.nonzero:
                 return self._as_if_positive(node, source)
         if node not in self.concrete:
-            raise CaptureError(
-                "Python control flow or arithmetic depends on the data",
-                where=source,
-                why="the value of a tensor is read (if, float(), .item(), indexing), so one graph "
-                "cannot stand for all inputs",
-                remedy="use torch.where or tensor arithmetic instead of reading the value",
-            )
+            raise refusals.value_of_data(source)
         value = self.concrete[node].item()
         self.guards.append(Guard(node, value, source, truth=isinstance(value, bool)))
         return value
@@ -386,7 +387,7 @@ class Recorder(TorchDispatchMode):
         if self.origin is not None:
             source = self.origin.meta.get("source")
         else:
-            source = self._sources.here(optimizer=self.phase is Phase.UPDATE)
+            source = self.sources.here(optimizer=self.phase is Phase.UPDATE)
         number = torch.autograd._get_sequence_nr()
         self._lines[number - 1] = source
         # Where a closure tensor requires grad, autograd below torch.func has made a node as well.
@@ -398,16 +399,10 @@ class Recorder(TorchDispatchMode):
         return self.phase in (Phase.FORWARD, Phase.LOSS) and self.origin is None
 
     def stops_gradient(self) -> bool:
-        """Whether the user's ``no_grad`` is on in forward or loss: a stop-gradient.
-
-        So it is in the forward of a network that the optimizer runs, not in its step around it.
-        """
-        network = self.phase is Phase.UPDATE and self.networks_running > 0
+        """Whether the user's ``no_grad`` is on in model, loss or a network: a stop-gradient."""
+        authored = self.phase in (Phase.FORWARD, Phase.LOSS) or self.networks_running > 0
         return (
-            (self.phase in (Phase.FORWARD, Phase.LOSS) or network)
-            and self.origin is None
-            and not self.declaring
-            and not torch.is_grad_enabled()
+            authored and self.origin is None and not self.declaring and not torch.is_grad_enabled()
         )
 
     def after_stop(self, node: fx.Node) -> fx.Node:
@@ -429,3 +424,8 @@ class Recorder(TorchDispatchMode):
             yield
         finally:
             self.declaring = before
+
+
+def _may_move(node: fx.Node) -> bool:
+    """Whether a value has a derivative that could be stopped."""
+    return any(is_continuous(tensor) for tensor in tensors_in(node.meta["val"]))

@@ -7,6 +7,7 @@ arithmetic, it does.
 
 from __future__ import annotations
 
+import dis
 import pathlib
 import sys
 import types
@@ -133,12 +134,22 @@ def _address(tensor: Tensor) -> int:
     return traced.untyped_storage()._cdata + offset  # type: ignore[no-any-return]
 
 
+def called_by_operator() -> bool:
+    """Whether an operator (``x += y``), not a method, called into capture."""
+    frame = _calling()
+    return dis.opname[frame.f_code.co_code[frame.f_lasti]] == "BINARY_OP"
+
+
 def _caller() -> types.CodeType:
-    """The code that called into capture."""
+    return _calling().f_code
+
+
+def _calling() -> types.FrameType:
+    """The frame that called into capture."""
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_OURS):
         frame = frame.f_back
-    return frame.f_code
+    return frame
 
 
 def _tuned(node: torch.fx.Node) -> bool:

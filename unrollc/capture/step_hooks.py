@@ -15,6 +15,7 @@ from torch import Tensor
 from unrollc.capture.fingerprint import step_hooks_of
 from unrollc.capture.gradients import unchanged
 from unrollc.capture.model import in_place_of_users
+from unrollc.capture.outside import NoOutsideWrites
 from unrollc.capture.problem import Problem, Stock
 from unrollc.capture.record import Recorder
 from unrollc.errors import CaptureError
@@ -50,6 +51,7 @@ def step_hooks(
     with contextlib.ExitStack() as stack:
         for hook in registered:
             stack.enter_context(unchanged(hook, "a hook of the optimizer's step"))
+        stack.enter_context(NoOutsideWrites(recorder))
         stack.enter_context(in_place_of_users(problem, stock, recorder, tensors))
         try:
             yield

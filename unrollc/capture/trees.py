@@ -9,6 +9,7 @@ or a schedule that an optimizer keeps is state like any other.
 from __future__ import annotations
 
 import enum
+import sys
 import types
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Hashable, Mapping
@@ -163,13 +164,19 @@ def _parts(value: Any) -> tuple[tuple[Any, ...], tuple[Any, ...], Any] | None:
     if kind is types.MethodType and _is_plain_object(value.__self__):
         return ("function", "self"), (value.__func__, value.__self__), None
     if _is_plain_object(value):
-        attributes = {
-            k: v
-            for k, v in vars(value).items()
-            if not (k == "step" and isinstance(value, torch.optim.Optimizer))
-        }
+        attributes = {k: getattr(value, k) for k in _slots(kind) if hasattr(value, k)}
+        attributes |= getattr(value, "__dict__", {})
+        if isinstance(value, torch.optim.Optimizer):
+            attributes.pop("step", None)  # a scheduler's wrapper, bound to the user's own
         return tuple(attributes), tuple(attributes.values()), None
     return None
+
+
+def _slots(kind: type) -> list[str]:
+    """Names of the attributes that a class keeps outside ``__dict__``."""
+    declared = [vars(base).get("__slots__", ()) for base in kind.__mro__]
+    names = [name for d in declared for name in ((d,) if isinstance(d, str) else d)]
+    return [name for name in names if name not in ("__dict__", "__weakref__")]
 
 
 _NEW: Any = object.__new__
@@ -179,9 +186,9 @@ def _is_plain_object(value: Any) -> bool:
     """Whether an object is nothing but its attributes."""
     kind = type(value)
     return (
-        hasattr(value, "__dict__")
+        (hasattr(value, "__dict__") or hasattr(kind, "__slots__"))
         and kind.__new__ is _NEW
-        and not hasattr(kind, "__slots__")
+        and kind.__module__.split(".")[0] not in sys.stdlib_module_names  # loggers, locks, files
         and not hasattr(value, "per_step")
         and not isinstance(
             value, Tensor | nn.Module | type | enum.Enum | types.ModuleType | types.FunctionType
@@ -221,13 +228,20 @@ def rebuild(
         return types.MethodType(*inside())
     if issubclass(tree.kind, tuple):
         fixed = inside()
+        if len(present) == len(fixed) > 0 and all(map(_alike, fixed, onto)):
+            return onto
         return tree.kind(*fixed) if hasattr(tree.kind, "_fields") else tree.kind(fixed)
     if tree.kind is frozenset:
         return frozenset(inside())
     value = made[tree.name] = onto if present else _empty(tree)
     items = inside()
     if not isinstance(value, dict | list | deque | set):
-        vars(value).update(zip(tree.keys, items, strict=True))
+        fixed_names = _slots(tree.kind)
+        for key, item in zip(tree.keys, items, strict=True):
+            if key in fixed_names:
+                object.__setattr__(value, key, item)
+            else:
+                vars(value)[key] = item
         return value
     value.clear()
     if isinstance(value, dict):
@@ -237,6 +251,10 @@ def rebuild(
     else:
         value.extend(items)
     return value
+
+
+def _alike(first: Any, second: Any) -> bool:
+    return first is second or (is_number(first) and is_number(second) and first == second)
 
 
 def _hashable(key: Any) -> Any:

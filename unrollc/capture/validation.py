@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from unrollc.capture.assemble import (
-    Concretes,
     assemble,
     closure_label,
     concretes_of,
@@ -18,7 +18,7 @@ from unrollc.capture.assemble import (
 from unrollc.capture.averaging import averaged_labels
 from unrollc.capture.batches import Batches
 from unrollc.capture.loop import Loop
-from unrollc.capture.model import capturing, explained, module_names, run_user_loss
+from unrollc.capture.model import captured, capturing, explained, module_names, run_user_loss
 from unrollc.capture.naming import Names
 from unrollc.capture.problem import Problem, Stock
 from unrollc.capture.record import Recorder
@@ -32,29 +32,35 @@ def capture_val(
     val: Batches,
     loop: Loop,
     names: Names,
-) -> tuple[StepGraph, dict[str, Tensor], Concretes]:
+) -> tuple[StepGraph, Loop]:
     """The validation loss as a graph over θ_T, buffers, context and the validation batch.
 
     Where there is an average of the weights, it takes the place of the model's tensors.
 
     Returns:
-        The graph, the tensors of `loop.lifted` with those added that only the validation loss
-        brings in, and what it took from counters and lengths.
+        The graph, and `loop` with the tensors from outside that only the validation loss brings
+        in, and with the values that it read from known scalars and lengths.
     """
+    return captured(lambda compiling: _recorded(problem, stock, val, loop, names, compiling))
+
+
+def _recorded(
+    problem: Problem, stock: Stock, val: Batches, loop: Loop, names: Names, compiling: bool
+) -> tuple[StepGraph, Loop]:
     recorder = Recorder(SourceFinder(module_names(problem)))
+    recorder.compiling = compiling
     changing = {**stock.theta, **stock.average}
     recorder.fast = {id(tensor): label for label, tensor in changing.items()}
     groups = _inputs(stock, val, loop, averaged := _averaged(problem))
     values = [Value(role, k, names(k)) for role, tensors in groups for k in tensors]
     examples = [tensor for _, tensors in groups for tensor in tensors.values()]
     inputs = [
-        recorder.input(v.name, t, loop.scalars.get(v.label) if v.role is Role.BUFFER else None)
+        recorder.input(v.name, t, loop.known.get(v.label) if v.role is Role.BUFFER else None)
         for v, t in zip(values, examples, strict=True)
     ]
-    for value, fake, tensor in zip(values, inputs, examples, strict=True):
-        known = recorder.node_of(fake)
-        if value.role is Role.BATCH and known is not None:
-            recorder.readable[known] = tensor.detach()
+    for (value, given), tensor in zip(_nodes(recorder, values, inputs), examples, strict=True):
+        if value.role is Role.BATCH:
+            recorder.readable[given] = tensor.detach()
 
     def run_user_validation(*given: Tensor) -> Tensor:
         tensors = {v.label: t for v, t in zip(values, given, strict=True)}
@@ -71,7 +77,7 @@ def capture_val(
         loss: Tensor = torch.func.grad_and_value(evaluate)(theta, tensors)[1]
         return loss
 
-    with capturing(problem, recorder), explained("the validation loss"):
+    with capturing(problem, recorder, loop.attributes), explained("the validation loss"):
         loss = recorder.run(run_user_validation, inputs)
     node = recorder.node_of(loss)
     assert node is not None
@@ -79,8 +85,22 @@ def capture_val(
     graph = assemble(
         recorder, values, [(Value(Role.LOSS, "val_loss", "val_loss"), node)], names, lifted
     )
-    taken = concretes_of(recorder, labels_of_nodes(recorder, values, lifted), {})
-    return graph, {closure_label(index): tensor for index, tensor in enumerate(lifted)}, taken
+    labels = labels_of_nodes(recorder, values, lifted)
+    loop = replace(
+        loop,
+        lifted={closure_label(index): tensor for index, tensor in enumerate(lifted)},
+        ending=concretes_of(recorder, labels, {}),
+    )
+    return graph, loop
+
+
+def _nodes(
+    recorder: Recorder, values: list[Value], inputs: list[Tensor]
+) -> Iterator[tuple[Value, fx.Node]]:
+    for value, fake in zip(values, inputs, strict=True):
+        node = recorder.node_of(fake)
+        assert node is not None
+        yield value, node
 
 
 def _averaged(problem: Problem) -> dict[str, str]:

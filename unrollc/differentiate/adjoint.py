@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from unrollc.capture.assemble import assemble
 from unrollc.capture.naming import Names
+from unrollc.capture.nests import is_continuous
 from unrollc.capture.record import Recorder
 from unrollc.step import STATE_ROLES, Role, StepGraph, Value
 
@@ -42,14 +43,14 @@ class StepAdjoint:
 
 
 def differentiable_inputs(step: StepGraph, wanted: frozenset[Key]) -> list[tuple[Value, fx.Node]]:
-    """Inputs whose cotangent is computed: floating state, and the meta-parameters.
+    """Inputs whose cotangent is computed: continuous state, and the meta-parameters.
 
     Step counters are known numbers that no meta-parameter reaches, so they carry none.
     """
     return [
         (value, node)
         for value, node in zip(step.inputs, step.placeholders, strict=True)
-        if node.meta["val"].dtype.is_floating_point
+        if is_continuous(node.meta["val"])
         and (
             (value.role in STATE_ROLES and not is_counter(node))
             or (value.role, value.label) in wanted

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from unrollc.capture.nests import is_continuous
 from unrollc.step import StepGraph
 
 aten = torch.ops.aten
@@ -123,7 +124,7 @@ def _is_differentiable(user: fx.Node) -> bool:
     if user.op == "output":
         return True
     value = user.meta["val"]
-    whole = isinstance(value, Tensor) and not value.is_floating_point() and not value.is_complex()
+    whole = isinstance(value, Tensor) and not is_continuous(value)
     return not whole and user.target is not aten.detach.default
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from torch._decomp import decomposition_table
 from torch.utils import _pytree as pytree
 
+from unrollc.capture.nests import is_continuous
 from unrollc.capture.record import Recorder
 from unrollc.differentiate.adjoint import (
     Key,
@@ -239,7 +240,7 @@ class _Tangents(Replay):
         raise NoForwardFormulaError(f"{node.target} has no forward-mode derivative")
 
     def _nonzero(self, value: Any, tangent: Any) -> Tensor | None:
-        if not isinstance(value, Tensor) or not value.is_floating_point():
+        if not is_continuous(value):
             return None
         node = self.recorder.node_of(tangent)
         assert node is not None

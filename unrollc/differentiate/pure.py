@@ -6,7 +6,6 @@ in place. Turning these ops into pure ones here takes a third less time than fun
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from unrollc.capture.functional import pure_form
 from unrollc.capture.nests import map_tensors
 from unrollc.capture.record import Recorder
 from unrollc.capture.source import SourceFinder
@@ -58,7 +58,7 @@ class PureRecorder(Recorder):
         key = torch._C._TorchDispatchModeKey.FUNCTIONAL
         if not func._schema.is_mutable or torch._C._get_dispatch_mode(key) is not None:
             return super().__torch_dispatch__(func, types, args, kwargs)
-        pure = None if torch.Tag.inplace_view in func.tags else _pure_form(func)
+        pure = None if torch.Tag.inplace_view in func.tags else pure_form(func)
         target = args[0]
         if pure is None or self._sharing[_storage(target)] > 1:
             raise _NotPureError(str(func))
@@ -81,23 +81,6 @@ class PureRecorder(Recorder):
         self._nodes = {key: node for key, node in self._nodes.items() if node in kept}
         self.constants = [(t, node) for t, node in self.constants if node in kept]
         self.lifted = [(t, node) for t, node in self.lifted if node in kept]
-
-
-@functools.cache
-def _pure_form(func: Any) -> Any:
-    """``mul`` for ``mul_``; None for an op that writes elsewhere than into its first operand."""
-    name = func._schema.name.split("::")[-1]
-    packet = getattr(torch.ops.aten, name[:-1], None) if name.endswith("_") else None
-    if packet is None:
-        return None
-    wanted = _signature(func)
-    overloads = (getattr(packet, overload) for overload in packet.overloads())
-    return next((pure for pure in overloads if _signature(pure) == wanted), None)
-
-
-def _signature(func: Any) -> list[tuple[str, str]]:
-    """Names and types of an op's operands (`pow_.Scalar` is the in-place `pow.Tensor_Scalar`)."""
-    return [(argument.name, str(argument.type)) for argument in func._schema.arguments]
 
 
 def _storage(tensor: Tensor) -> int:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from unrollc.capture.nests import is_continuous
 from unrollc.requirements.zeros import ZeroTracker
 from unrollc.step import ATTACH
 
@@ -108,9 +109,9 @@ def cut_reason(node: fx.Node, operand: fx.Node, result: Any) -> str:
         return _REASONS[name]
     if "batch_norm" in name and operand in node.args[3:5]:
         return RUNNING_STATISTICS
-    if not _is_smooth(result):
+    if not is_continuous(result):
         return f"{name} yields integers or truth values, which have no derivative"
-    if not _is_smooth(operand.meta.get("val")):
+    if not is_continuous(operand.meta.get("val")):
         return f"{name} reads integers or truth values, which have no derivative"
     if _is_one(node):
         return "a value divided by itself is 1"
@@ -139,7 +140,7 @@ def _kind(node: fx.Node, operands: list[fx.Node], zeros: set[fx.Node]) -> Any:
 def _differentiate(
     node: fx.Node, operands: list[fx.Node], zeros: set[fx.Node]
 ) -> frozenset[tuple[int, int]]:
-    smooth = [i for i, operand in enumerate(operands) if _is_smooth(operand.meta.get("val"))]
+    smooth = [i for i, operand in enumerate(operands) if is_continuous(operand.meta.get("val"))]
     try:
         return _carried_by(node, operands, zeros, smooth)
     except RuntimeError as error:
@@ -184,7 +185,9 @@ def _carried_by(
             return frozenset(
                 (index, position)
                 for position, result in enumerate(results)
-                if _is_smooth(result) and result.requires_grad and id(result) not in tracker.zeros
+                if is_continuous(result)
+                and result.requires_grad
+                and id(result) not in tracker.zeros
                 for index in _reached(result, leaves, moving, tracker)
             )
 
@@ -216,10 +219,6 @@ def _like(fake: Tensor) -> Tensor:
 def _is_one(node: fx.Node) -> bool:
     """Whether the node is x / x."""
     return node.target is aten.div.Tensor and node.args[0] is node.args[1]
-
-
-def _is_smooth(value: Any) -> bool:
-    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
 def is_projection(node: fx.Node) -> bool:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor, fx
 
-from unrollc.capture.assemble import Concretes, assemble_graph
+from unrollc.capture.assemble import assemble_graph
 from unrollc.capture.batches import Batches
 from unrollc.capture.loop import Loop, capture_loop
 from unrollc.capture.model import explained
@@ -47,7 +47,6 @@ class Lowered:
         plan: The memory plan; ``plan.peak_bytes``, ``plan.schedule``, ``plan.timeline``.
         generated: The generated module.
         meta: The meta-parameters.
-        val_takes: What the validation loss took from counters and lengths.
         lifted_require: Which tensors from closures required grad.
     """
 
@@ -58,7 +57,6 @@ class Lowered:
     plan: MemoryPlan
     generated: GeneratedCode
     meta: tuple[MetaParameter, ...]
-    val_takes: Concretes
     lifted_require: tuple[bool, ...]
 
     @property
@@ -98,7 +96,6 @@ class Captured:
     Attributes:
         loop: The inner steps.
         val: The validation loss.
-        val_takes: What it took from counters and lengths.
         lifted: Tensors from closures, by label.
         meta: Every meta-parameter, requested or not.
         requirements: Verdicts by dependence.
@@ -106,7 +103,6 @@ class Captured:
 
     loop: Loop
     val: StepGraph
-    val_takes: Concretes
     lifted: dict[str, Tensor]
     meta: tuple[MetaParameter, ...]
     requirements: Requirements
@@ -144,7 +140,8 @@ def capture(
     requested = frozenset(m.label for m in early if m.role is Role.HYPER)
     loop = capture_loop(problem, stock, train, extra, requested, names)
     settle_singularities(loop.steps)
-    graph, lifted, val_takes = capture_val(problem, stock, val, loop, names)
+    graph, loop = capture_val(problem, stock, val, loop, names)
+    lifted = loop.lifted
     known = candidates(stock, train, val, lifted)
     meta = resolve_meta(options, known, train.steps, complete=True)
     requirements = check_requirements(
@@ -156,9 +153,7 @@ def capture(
         ids=labels_by_tensor(known),
         values=_present_values(stock, lifted),
     )
-    return Captured(
-        replace(loop, lifted=lifted), graph, val_takes, lifted, tuple(meta), requirements
-    )
+    return Captured(loop, graph, lifted, tuple(meta), requirements)
 
 
 def _present_values(stock: Stock, lifted: dict[str, Tensor]) -> dict[tuple[Role, str], Tensor]:
@@ -214,7 +209,6 @@ def lower(
         plan=plan,
         generated=generate(pieces, plan),
         meta=tuple(meta),
-        val_takes=captured.val_takes,
         lifted_require=tuple(tensor.requires_grad for tensor in captured.lifted.values()),
     )
 

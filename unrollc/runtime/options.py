@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from unrollc.capture.batches import Batches
+from unrollc.capture.nests import is_continuous
 from unrollc.capture.problem import PerStep, Stock
 from unrollc.errors import InputError, NotYetError, RequirementError
 from unrollc.requirements.judge import MetaParameter
@@ -234,7 +235,7 @@ def _listed(
                 f"meta lists {key[1]} twice (again at meta[{position}])",
                 remedy="list every meta-parameter once",
             )
-        if not all(_is_continuous(tensor) for tensor in known[key]):
+        if not all(is_continuous(tensor) for tensor in known[key]):
             dtype = str(known[key][0].dtype).removeprefix("torch.")
             obstacle = f"it is {dtype}: integers and truth values have no derivative"
             found[key] = MetaParameter(*key, obstacle=obstacle)
@@ -253,7 +254,3 @@ def _listed(
         for other in by_id[id(tensor)]
     }
     return list({**places, **found}.values())
-
-
-def _is_continuous(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()

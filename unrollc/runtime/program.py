@@ -17,6 +17,7 @@ from unrollc.capture.batches import Batches, read_train, read_val
 from unrollc.capture.fingerprint import Fingerprint
 from unrollc.capture.layout import Layout, filler, plain_number, write_back
 from unrollc.capture.loop import known_scalars
+from unrollc.capture.nests import is_continuous
 from unrollc.capture.problem import (
     Objective,
     PerStep,
@@ -167,7 +168,7 @@ class Program:
             scalars = known_scalars(given.read_as(lowered).stock)
             lifted = lowered.loop.lifted.values()
             same = lowered.lifted_require == tuple(t.requires_grad for t in lifted)
-            if same and lowered.loop.holds(scalars, train, lowered.val_takes, val):
+            if same and lowered.loop.holds(scalars, train, val):
                 return lowered, module
         with torch.inference_mode(False):
             lowered = lower(
@@ -302,7 +303,7 @@ def _inputs(lowered: Lowered, given: Given) -> dict[str, Any]:
 def _check_finite(inputs: dict[str, Any], per_step: frozenset[str]) -> None:
     for label, value in inputs.items():
         for step, tensor in enumerate(value if label in per_step else [value]):
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            if is_continuous(tensor) and not bool(torch.isfinite(tensor).all()):
                 where = f" at step {step}" if label in per_step else ""
                 raise NonFiniteError(
                     f"{label} holds NaN or infinity{where}",

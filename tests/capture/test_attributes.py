@@ -1,0 +1,186 @@
+"""What a forward keeps in Python attributes counts from step to step, as in ordinary training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import unrollc
+from tests.modules.around import assert_exact, classes, held, momentum, twin
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+class Linear(nn.Module):
+    """A linear layer, and places for attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+        self.calls = 0
+        self.last: Tensor | None = None
+        self.scale: float | None = None
+        self.log: dict[str, list[Any]] = {"shapes": []}
+
+
+class Alternating(Linear):
+    """Every other call is scaled."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.layer(x) * (2.0 if self.calls % 2 else 0.5)
+
+
+class Decided(Linear):
+    """The first call decides about all later ones."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.layer(x)
+        if self.scale is None:
+            self.scale = 0.25
+            return out
+        return out * self.scale
+
+
+class Remembering(Linear):
+    """The output is kept for whoever wants to look at it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = self.layer(x)
+        return self.last * (1.0 if self.scale is None else self.scale)
+
+
+class Logging(Linear):
+    """Appends to a list within a dictionary."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.log["shapes"].append(tuple(x.shape))
+        return self.layer(x) / len(self.log["shapes"])
+
+
+@pytest.mark.parametrize("kind", [Alternating, Decided, Remembering, Logging])
+def test_attributes_are_carried_and_put_back(kind: type[Linear]) -> None:
+    """Eager PyTorch goes on with what the step before left; so does the program."""
+    model = kind()
+    assert_exact(model, classes(steps=3), plain=twin(model, kind))
+    assert model.calls == 0
+    assert model.last is None and model.scale is None
+    assert model.log == {"shapes": []}
+
+
+def lowered(model: nn.Module, steps: int) -> Any:
+    opt, _ = held(model, momentum)
+    *train, val = classes(steps)
+    return unrollc.compile(model, opt, nn.functional.cross_entropy).lower(train, val)
+
+
+def test_a_step_stands_for_another_only_under_the_same_attributes() -> None:
+    """A counter takes a capture for every step; an output that is only kept settles.
+
+    In both the first step is of its own kind, since momentum starts there.
+    """
+    counting = lowered(Alternating(), 4).loop
+    assert len(counting.kinds) == 4
+    assert counting.sequence == (0, 1, 2, 1)
+    assert lowered(Remembering(), 4).loop.kind_sequence == (0, 1, 1, 1)
+
+
+class Recurrent(Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.layer(x)
+        out = out if self.last is None else out + self.last
+        self.last = out.detach()
+        return out
+
+
+class Registering(Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        if "mean" not in dict(self.named_buffers()):
+            self.register_buffer("mean", x.mean(0).detach())
+        return self.layer(x - self.mean)
+
+
+class Growing(Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        self.extra = nn.Linear(4, 3)
+        return self.layer(x)
+
+
+KEPT: list[Tensor] = []
+
+
+class Elsewhere(Linear):
+    """A tensor in a place that belongs to no module."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.layer(x)
+        KEPT.append(out.detach())
+        return out + KEPT[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Recurrent, "the attribute last carries a tensor from one inner step to the next"),
+        (Registering, "the model registers or removes the buffer 'mean' while it runs"),
+        (Growing, "the model registers or removes the submodule 'extra' while it runs"),
+        (Elsewhere, "a tensor that was computed in another step"),
+    ],
+)
+def test_what_is_not_carried_is_refused(kind: Callable[[], Linear], message: str) -> None:
+    KEPT.clear()
+    with pytest.raises(unrollc.CaptureError, match=message):
+        lowered(kind(), 3)
+
+
+def test_the_refusal_names_the_line() -> None:
+    with pytest.raises(unrollc.CaptureError) as caught:
+        lowered(Recurrent(), 3)
+    assert caught.value.where.text == "out = out if self.last is None else out + self.last"
+    assert "register_buffer" in str(caught.value)
+
+
+def test_attributes_are_put_back_after_an_error() -> None:
+    model = Recurrent()
+    with pytest.raises(unrollc.CaptureError):
+        lowered(model, 3)
+    assert model.last is None
+
+
+class Ring(nn.Module):
+    """A memory with a place that moves on, both buffers; the place is read as a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.register_buffer("memory", torch.zeros(3, 4))
+        self.register_buffer("place", torch.zeros(1, dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.layer(x))
+        place = int(self.place)
+        with torch.no_grad():
+            self.memory[place] = hidden.mean(0)
+            self.place[0] = (place + 1) % 3
+        return self.head(hidden + self.memory.sum(0))
+
+
+def test_a_place_in_a_ring_of_memories_is_a_known_number() -> None:
+    assert_exact(Ring(), classes(steps=4))
+
+
+def test_a_program_is_used_again_only_where_the_numbers_it_read_are_the_same() -> None:
+    """Validation reads the place that the last step left, so it guards the program as well."""
+    model = Ring()
+    opt, _ = held(model, momentum)
+    *train, val = classes()
+    program = unrollc.compile(model, opt, nn.functional.cross_entropy)
+    first = program.lower(train, val)
+    assert program.lower(train, val) is first
+    model.place.fill_(1)
+    assert program.lower(train, val) is not first
+    assert_exact(model, classes())
