@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from unrollc.capture.naming import Names
 from unrollc.capture.record import Recorder
+from unrollc.errors import CaptureError
 from unrollc.step import Role, StepGraph, Value, build, placeholder
 
 #: Order of a graph's inputs by role.
@@ -61,10 +62,26 @@ def assemble(
         constants[node.name] = tensor
     for index, (noise, node) in enumerate(recorder.noise):
         special[node] = Value(Role.NOISE, f"noise {index}", f"noise_{index}", noise=noise)
+    _refuse_mutation(node for _, node in outputs if node is not None)
     for node in recorder.graph.nodes:
         if node.op == "placeholder":
             inputs.append((special[node] if node in special else explicit[node.name], node))
     return _rebuild(inputs, outputs, constants)
+
+
+def _refuse_mutation(results: Iterable[fx.Node]) -> None:
+    """What is still in place after functionalization writes to a tensor from outside."""
+    for node in _needed(results):
+        schema = getattr(node.target, "_schema", None)
+        if schema is not None and schema.is_mutable:
+            raise CaptureError(
+                "the code changes a tensor from outside in place, and uses it",
+                where=node.meta.get("source"),
+                why="it is no parameter, no buffer and no optimizer state: no step would hand its "
+                "new value to the next",
+                remedy="make it a buffer of the model (register_buffer), or keep it in "
+                "optimizer.state",
+            )
 
 
 def closure_label(index: int) -> str:
@@ -173,7 +190,7 @@ class Slice:
 
 @dataclass(frozen=True)
 class Concretes:
-    """What capture took from known scalars, as a function of them.
+    """What capture took from known scalars and from lengths in the data, as a function of them.
 
     Attributes:
         guards: The values that Python saw.
@@ -182,21 +199,37 @@ class Concretes:
         counted: Computes these.
     """
 
-    guards: tuple[float | int | bool, ...]
+    guards: tuple[float | int | bool | list[int], ...]
     guarded: Slice
     counters: tuple[str, ...]
     counted: Slice
+
+    @property
+    def reads(self) -> set[str]:
+        """Labels of all that the guards and counters depend on."""
+        return {*self.guarded.inputs, *self.counted.inputs}
 
     def accept(self, concrete: Mapping[str, Tensor]) -> bool:
         """Whether Python would see the same values under `concrete`."""
         if any(label not in concrete for label in self.guarded.inputs):
             return False
         seen = self.guarded.run(concrete)
-        return all(s.item() == g for s, g in zip(seen, self.guards, strict=True))
+        return all(s.tolist() == g for s, g in zip(seen, self.guards, strict=True))
 
     def advance(self, concrete: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The counters after the step."""
         return dict(zip(self.counters, self.counted.run(concrete), strict=True))
+
+
+def labels_of_nodes(
+    recorder: Recorder, values: Sequence[Value], lifted: Sequence[Tensor]
+) -> dict[fx.Node, str]:
+    """The labels of a recording's explicit inputs, and of what it lifted from outside."""
+    named = {value.name: value.label for value in values}
+    labels = {node: named[node.name] for node in recorder.graph.nodes if node.name in named}
+    for tensor, node in recorder.lifted:
+        labels[node] = closure_label(next(i for i, t in enumerate(lifted) if t is tensor))
+    return labels
 
 
 def concretes_of(

@@ -84,7 +84,7 @@ def run_user_average(
         unchanged(problem.average.avg_fn, "the averaging function"),
         unchanged(problem.average.multi_avg_fn, "the averaging function"),
         NoOutsideWrites(recorder),
-        in_place_of_users(problem, stock, tensors),
+        in_place_of_users(problem, stock, recorder, tensors),
         swapped(problem.average, own, prefix, after),
         ForeachAsLoops(),
         ScalarSlots(recorder),

@@ -11,15 +11,19 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 
-from unrollc.capture.nests import map_tensors
+from unrollc.capture.nests import map_tensors, tensors_in
+from unrollc.step import ATTACH
 
 if TYPE_CHECKING:
     from unrollc.capture.record import Recorder
 
 aten = torch.ops.aten
+
+#: Ops on tensors from outside whose argument must stay what it is: its value is read.
+_READS = (aten._local_scalar_dense.default, aten.lift_fresh.default, aten.lift_fresh_copy.default)
 
 
 class RecordedFunctionalization(FunctionalTensorMode):
@@ -28,19 +32,43 @@ class RecordedFunctionalization(FunctionalTensorMode):
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
         self._recorder = recorder
+        self._outside: dict[int, Tensor] = {}
+        self._detached: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is aten._linalg_check_errors.default:
             return None  # reads an error code; there is none at capture
         recorder = self._recorder
-        functional = any(issubclass(kind, FunctionalTensor) for kind in types)
+        if func not in _READS and func not in FunctionalTensor.metadata_fns:
+            args, kwargs = self._functional(func, args, kwargs or {})
+        source = self._sharing(func, args)
+        if source is None:
+            result = self._dispatched(func, types, args, kwargs)
+        else:
+            before = recorder.node_of(source)
+            result = self._dispatched(func, types, args, kwargs)
+            keep_source(recorder, source, before)
+        if func is aten.detach.default and recorder.in_user_code():
+            self._detached[id(result)] = (result, args[0])
+        return result
+
+    def _sharing(self, func: Any, args: Any) -> Tensor | None:
+        """What shares its values with the target of a write by ``x.detach()`` in user code."""
+        if not func._schema.is_mutable or not args or not self._recorder.in_user_code():
+            return None
+        return self._detached.get(id(args[0]), (None, None))[1]
+
+    def _dispatched(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        recorder = self._recorder
+        tensors = tensors_in((args, kwargs))
+        functional = any(isinstance(tensor, FunctionalTensor) for tensor in tensors)
         if functional and is_pure(func):
             return map_tensors(self._wrapped, self._record(func, types, args, kwargs))
         if func._schema.is_mutable and args and recorder.stops_gradient():
             before = recorder.node_of(args[0])
             with recorder:
                 result = super().__torch_dispatch__(func, types, args, kwargs)
-                recorder.keep_history(args[0], before)
+                keep_history(recorder, args[0], before)
             return result
         if functional and (pure := _pure_write(func, args)) is not None:
             target: Any = args[0].elem
@@ -52,6 +80,26 @@ class RecordedFunctionalization(FunctionalTensorMode):
             return args[0]
         with recorder:
             return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def _functional(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """The arguments of an op that meets tensors from outside alone, such as a mask.
+
+        PyTorch functionalizes an op only where an argument takes part in it, and what is computed
+        from these tensors may be changed in place later.
+        """
+        tensors = tensors_in((args, kwargs))
+        if not tensors or any(isinstance(tensor, FunctionalTensor) for tensor in tensors):
+            return args, kwargs
+        if func._schema.is_mutable:
+            return args, kwargs  # `assemble` refuses it where its value is used
+        return map_tensors(self._as_functional, (args, kwargs))  # type: ignore[no-any-return]
+
+    def _as_functional(self, tensor: Tensor) -> Tensor:
+        known = self._recorder._known(tensor)
+        if id(known) not in self._outside:
+            with self:
+                self._outside[id(known)] = FunctionalTensor.to_functional(known)
+        return self._outside[id(known)]
 
     def _record(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         with self._recorder:  # views of what was written to are computed anew
@@ -108,3 +156,34 @@ def from_functional(tensor: FunctionalTensor) -> Tensor:
     """The fake tensor that a functional one stands for, all writes to it applied."""
     torch._sync(tensor)  # type: ignore[attr-defined, no-untyped-call]
     return torch._from_functional_tensor(tensor.elem)
+
+
+def keep_history(recorder: Recorder, target: Tensor, before: fx.Node | None) -> None:
+    """After an in-place op under ``no_grad``: the new value has the old one's derivative.
+
+    Autograd does not see the op, so the tensor keeps its history.
+    """
+    after = recorder.node_of(target)
+    if before is None or after is None or after is before or after not in recorder._stopped:
+        return
+    source = recorder._line()
+    history = recorder.after_stop(before)
+    kept = recorder.graph.call_function(ATTACH, (after, history))
+    kept.meta.update(phase=recorder.phase, source=source, val=after.meta["val"])
+    recorder._stopped[after] = kept
+
+
+def keep_source(recorder: Recorder, source: Tensor, before: fx.Node | None) -> None:
+    """After an in-place op on ``source.detach()``, whose values `source` shares.
+
+    Here too autograd sees nothing: the tensor has the new value and its old history.
+    """
+    after = recorder.node_of(source)
+    if before is None or after is None or after is before:
+        return
+    kept = recorder.graph.call_function(ATTACH, (after, recorder.after_stop(before)))
+    kept.meta.update(phase=recorder.phase, source=recorder._line(), val=after.meta["val"])
+    while torch._C._functorch.is_functorch_wrapped_tensor(source):
+        source = torch._C._functorch.get_unwrapped(source)
+    fake = from_functional(source) if isinstance(source, FunctionalTensor) else source
+    recorder._nodes[id(fake)] = kept

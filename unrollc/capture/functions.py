@@ -74,6 +74,13 @@ def declared_functions(recorder: Recorder) -> Iterator[None]:
     thread = threading.get_ident()
 
     def call(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if cls.__module__ == "torch.nn.modules._functions":
+            raise CaptureError(
+                f"{cls.__name__} is computed and differentiated by hand in PyTorch",
+                where=recorder.sources.here(),
+                why="it writes into tensors that it makes, and its backward has no derivative",
+                remedy="use a module that is made of differentiable ops",
+            )
         if cls is CheckpointFunction:  # run_function, preserve_rng_state, *args
             return run_checkpointed(recorder.sources, args[0], *args[2:])
         if _is_torchs(cls):

@@ -58,7 +58,7 @@ def run_user_transform(
     with (
         unchanged(problem.grad_transform, "grad_transform"),
         NoOutsideWrites(recorder),
-        in_place_of_users(problem, stock, tensors),
+        in_place_of_users(problem, stock, recorder, tensors),
         ForeachAsLoops(),
         ScalarSlots(recorder),
         numbers_stay_tensors(recorder, (), ()),

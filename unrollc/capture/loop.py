@@ -58,21 +58,43 @@ class Loop:
     known: dict[str, Tensor]
     ending: Concretes | None = None
 
-    def holds(self, concrete: Mapping[str, Any]) -> bool:
-        """Whether the guards hold for the current scalars (hyperparameters and counters)."""
+    def holds(self, concrete: Mapping[str, Any], train: Batches, val: Batches) -> bool:
+        """Whether the guards hold for the current scalars and data.
+
+        Args:
+            concrete: Hyperparameters and counters (`known_scalars`).
+            train: The batches of all steps.
+            val: That of the validation loss.
+        """
         every = [*(kind.concretes for kind in self.kinds), self.ending]
         guarded = [concretes for concretes in every if concretes and concretes.guards]
         read = {label for concretes in guarded for label in concretes.guarded.inputs}
+        if not read:
+            return True
         known = {label: value for label, value in concrete.items() if not _is_per_step(value)}
+        known |= closures_read(read, self.lifted)
         counted = {label for kind in self.kinds for label in kind.concretes.counters}
         if read <= set(known) - counted:
             return all(concretes.accept(known) for concretes in guarded)
         for step, index in enumerate(self.kind_sequence):
-            here = _at_step(concrete, step) | known
+            here = _at_step(concrete, step) | known | data_read(read, train, step)
             if not self.kinds[index].concretes.accept(here):
                 return False
             known = {**known, **self.kinds[index].concretes.advance(here)}
-        return self.ending is None or self.ending.accept(known)
+        return self.ending is None or self.ending.accept({**known, **data_read(read, val)})
+
+
+def data_read(read: set[str], batches: Batches, step: int = 0) -> dict[str, Tensor]:
+    """The leaves of a step's batch whose values guards depend on, by label."""
+    if read.isdisjoint(batches.labels):
+        return {}
+    pairs = zip(batches.labels, batches.at(step), strict=True)
+    return {label: leaf.detach().cpu() for label, leaf in pairs if label in read}
+
+
+def closures_read(read: set[str], lifted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors from outside whose values guards depend on, by label."""
+    return {label: tensor.detach().cpu() for label, tensor in lifted.items() if label in read}
 
 
 def _is_per_step(value: Any) -> bool:
@@ -190,7 +212,8 @@ def _capture_with(
             **{k: v for k, v in _at_step(scalars, step).items() if k in stock.hyper},
         }
         batch = _batch_signature(train, step)
-        chosen = _reusable(kinds, layout, batch, concrete, attributes.description)
+        given = {**concrete, **_given(kinds, shared, train, step)}
+        chosen = _reusable(kinds, layout, batch, given, attributes.description)
         if chosen is None:
             start = Start(layout, state, tuned, attributes)
             recording = functools.partial(StepRecording, problem, stock, start, shared)
@@ -206,10 +229,12 @@ def _capture_with(
             sequence.extend([chosen] * (train.steps - len(sequence)))
         layout, state, tuned = kind.after, kind.state, kind.tuned
         attributes = kind.attributes.after
-        known = {
-            **{k: v for k, v in known.items() if k in stock.hyper},
-            **kind.concretes.advance(concrete),
-        }
+        hyper = {k: v for k, v in known.items() if k in stock.hyper}
+        # Only the validation loss reads counters after the loop, and only those of buffers.
+        last = len(sequence) if set(kind.concretes.counters) & set(stock.buffers) else step + 1
+        for later in range(step, last):
+            seen = {**_at_step(scalars, later), **known, **_given([kind], shared, train, later)}
+            known = {**hyper, **kind.concretes.advance(seen)}
     lifted_by_label = {closure_label(index): tensor for index, tensor in enumerate(shared.lifted)}
     steps = _with_settled_state(raw, stock)
     return Loop(
@@ -231,6 +256,13 @@ def _numbered(known: list[StepGraph], graph: StepGraph) -> int:
     if index == len(known):
         known.append(graph)
     return index
+
+
+def _given(kinds: list[Kind], shared: Shared, train: Batches, step: int) -> dict[str, Tensor]:
+    """What kinds read of the data and of tensors from outside."""
+    read = {label for kind in kinds for label in kind.concretes.reads}
+    closures = {closure_label(index): tensor for index, tensor in enumerate(shared.lifted)}
+    return closures_read(read, closures) | data_read(read, train, step)
 
 
 def _record(

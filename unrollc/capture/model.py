@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 import sys
 import threading
@@ -20,12 +21,14 @@ from torch.overrides import TorchFunctionMode
 
 from unrollc.capture.attributes import Attributes, Carried, Fresh, attributes_carried
 from unrollc.capture.batches import as_arguments
+from unrollc.capture.equivalents import equivalent
 from unrollc.capture.functions import declared_functions
 from unrollc.capture.nests import map_tensors
 from unrollc.capture.problem import Loss, Objective, Problem, Stock
 from unrollc.capture.record import Recorder
 from unrollc.capture.refusals import ReadsDataError
 from unrollc.capture.source import error_source
+from unrollc.capture.values import read_values
 from unrollc.capture.wrappers import wrappers_undone
 from unrollc.errors import CaptureError, UnrollcError
 from unrollc.step import Phase
@@ -137,9 +140,10 @@ class _Substituted(TorchFunctionMode):
     ``params = list(model.parameters())`` in a regulariser, which mean the fast weights too.
     """
 
-    def __init__(self, replacements: Mapping[int, Tensor]) -> None:
+    def __init__(self, replacements: Mapping[int, Tensor], recorder: Recorder) -> None:
         super().__init__()
         self._replacements = replacements
+        self._read = functools.partial(read_values, recorder)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         def replaced(tensor: Tensor) -> Tensor:
@@ -153,18 +157,8 @@ class _Substituted(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:  # whatever kernel the model asks for
             with sdpa_kernel(SDPBackend.MATH):
                 return func(*map_tensors(replaced, args), **map_tensors(replaced, kwargs or {}))
-        if func is F.one_hot:
-            args, kwargs = map_tensors(replaced, args), map_tensors(replaced, kwargs or {})
-            return _one_hot(func, *args, **kwargs)
-        return func(*map_tensors(replaced, args), **map_tensors(replaced, kwargs or {}))
-
-
-def _one_hot(func: Any, tensor: Tensor, num_classes: int = -1) -> Tensor:
-    """``F.one_hot`` by ops that read no value; a class out of range is an error of ``scatter``."""
-    if num_classes <= 0:
-        return func(tensor, num_classes)  # type: ignore[no-any-return]
-    zeros = tensor.new_zeros((*tensor.shape, num_classes))
-    return zeros.scatter(-1, tensor.unsqueeze(-1), 1)
+        stands = equivalent(func, self._read) or func
+        return stands(*map_tensors(replaced, args), **map_tensors(replaced, kwargs or {}))
 
 
 def run_user_loss(
@@ -186,7 +180,7 @@ def run_user_loss(
         batch: ``(inputs, target)``, or what an objective takes.
     """
     with contextlib.ExitStack() as entered:
-        entered.enter_context(in_place_of_users(problem, stock, tensors))
+        entered.enter_context(in_place_of_users(problem, stock, recorder, tensors))
         entered.enter_context(Fresh(recorder.stale, recorder.sources))
         if recorder.compiling:
             entered.enter_context(_compile_session_context())
@@ -204,12 +198,15 @@ def run_user_loss(
 
 
 @contextlib.contextmanager
-def in_place_of_users(problem: Problem, stock: Stock, tensors: dict[str, Tensor]) -> Iterator[None]:
+def in_place_of_users(
+    problem: Problem, stock: Stock, recorder: Recorder, tensors: dict[str, Tensor]
+) -> Iterator[None]:
     """User code inside meets traced tensors wherever it reaches for its own.
 
     Args:
         problem: The user's objects.
         stock: Their tensors.
+        recorder: Where the code is recorded.
         tensors: Replacements by label; buffers that the code rebinds are updated in it.
     """
     with contextlib.ExitStack() as stack:
@@ -226,7 +223,7 @@ def in_place_of_users(problem: Problem, stock: Stock, tensors: dict[str, Tensor]
         originals = {**stock.theta, **stock.context, **stock.buffers, **stock.average}
         known = {label: t for label, t in originals.items() if label in tensors}
         replacements = {id(t): tensors[label] for label, t in known.items()}
-        stack.enter_context(_Substituted(replacements))
+        stack.enter_context(_Substituted(replacements, recorder))
         yield
 
 

@@ -9,7 +9,13 @@ from typing import Any
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from unrollc.capture.assemble import Concretes, assemble, closure_label, concretes_of
+from unrollc.capture.assemble import (
+    Concretes,
+    assemble,
+    closure_label,
+    concretes_of,
+    labels_of_nodes,
+)
 from unrollc.capture.attributes import Attributes, Carried
 from unrollc.capture.averaging import run_user_average
 from unrollc.capture.batches import Batches
@@ -174,6 +180,9 @@ class StepRecording:
             self._input(role, label, tensor, concrete.get(label))
             for role, label, tensor in self._examples(train, step)
         ]
+        batch = dict(zip(train.labels, train.at(step), strict=True))
+        nodes = self._placeholders(inputs)
+        recorder.readable = {n: batch[label].detach() for label, n in nodes if label in batch}
         results, carried = self._run(inputs, train)
         after: Layout = results["layout"]
         state_after: dict[str, Tensor] = results["state"]
@@ -184,9 +193,10 @@ class StepRecording:
             if value.role in STATE_ROLES and node in recorder.concrete
         }
         tuned = {label: found for label, node in counted.items() if (found := tuned_by(node))}
-        for label, node in self._placeholders(inputs):
+        for label, node in nodes:
             node.meta["counter"] = label in counted and label not in tuned
-        graph = assemble(recorder, self.values, outputs, self.names, self.shared.lifted)
+        lifted = self.shared.lifted
+        graph = assemble(recorder, self.values, outputs, self.names, lifted)
         self._name_lifted()
         for value, gradient in graph.outputs_with(Role.GRADIENT):
             if gradient is not None:
@@ -197,7 +207,9 @@ class StepRecording:
             after=after,
             batch=(),
             state=state_after,
-            concretes=concretes_of(recorder, self._labels_of_nodes(), counted),
+            concretes=concretes_of(
+                recorder, labels_of_nodes(recorder, self.values, lifted), counted
+            ),
             cuts=tuple(
                 Cut(tuned_by(guard.node), guard.source)
                 for guard in recorder.guards
@@ -217,15 +229,11 @@ class StepRecording:
         def run_user_step(*tensors: Tensor) -> dict[str, Any]:
             return self._step(dict(zip(labels, tensors, strict=True)), train)
 
-        try:
-            with (
-                capturing(self.problem, self.recorder, self.attributes) as carried,
-                explained("the inner step"),
-            ):
-                return self.recorder.run(run_user_step, inputs), carried
-        except CaptureError as error:
-            error.in_update = self.recorder.phase is Phase.UPDATE
-            raise
+        with (
+            capturing(self.problem, self.recorder, self.attributes) as carried,
+            explained("the inner step"),
+        ):
+            return self.recorder.run(run_user_step, inputs), carried
 
     def _name_lifted(self) -> None:
         """Let `tuned_by` find the closure tensors that a known scalar depends on."""
@@ -305,7 +313,7 @@ class StepRecording:
         own = {label: after[label] for label in swapped}
         with (
             running(self.problem.networks, recorder, after),
-            in_place_of_users(self.problem, stock, own),
+            in_place_of_users(self.problem, stock, recorder, own),
             step_hooks(self.problem, stock, recorder, after, hyper),
         ):
             layout, state = run_user_update(
@@ -364,10 +372,6 @@ class StepRecording:
         for label, tensor in results["extra"].items():
             add(Role.GRADIENT, label, tensor, roles[label])
         return found
-
-    def _labels_of_nodes(self) -> dict[fx.Node, str]:
-        named = {value.name: value.label for value in self.values}
-        return {n: named[n.name] for n in self.recorder.graph.nodes if n.name in named}
 
 
 def _branches(recorder: Recorder) -> tuple[Branch, ...]:

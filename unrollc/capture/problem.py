@@ -168,6 +168,7 @@ def take_stock(problem: Problem) -> Stock:
     buffers: dict[str, Tensor] = {}
     for prefix, module in problem.modules.items():
         for name, parameter in module.named_parameters():
+            _check_initialised(prefix + name, parameter)
             if id(parameter) not in owners:
                 owners[id(parameter)] = prefix + name
                 parameters[prefix + name] = parameter
@@ -190,6 +191,15 @@ def read_again(problem: Problem, stock: Stock, manner: Manner) -> Stock:
     """`stock` with the optimizer's layout and state tensors as this manner takes them."""
     layout, opt_state = read_layout(problem.opt, stock.owners, manner)
     return replace(stock, layout=layout, opt_state=opt_state)
+
+
+def _check_initialised(label: str, parameter: Tensor) -> None:
+    if nn.parameter.is_lazy(parameter):
+        raise InputError(
+            f"{label} is not initialised",
+            why="a lazy module learns its shapes from the first batch that it sees",
+            remedy="call the model on one batch, and then build the optimizer",
+        )
 
 
 def _held_parameters(opt: torch.optim.Optimizer, owners: Mapping[int, str]) -> dict[str, Tensor]:

@@ -33,7 +33,7 @@ from unrollc.capture.noise import as_noise
 from unrollc.capture.source import SourceFinder
 from unrollc.capture.strided import scatter_strided
 from unrollc.errors import Source
-from unrollc.step import ATTACH, Noise, Phase, placeholder
+from unrollc.step import Noise, Phase, placeholder
 
 aten = torch.ops.aten
 
@@ -44,6 +44,19 @@ _ZERO_TESTS = (aten.ne.Scalar, aten.eq.Scalar, aten.gt.Scalar, aten.le.Scalar)
 _CONCRETE_NUMEL = 16
 
 
+def _storage_numel(tensor: Tensor) -> int:
+    return tensor.untyped_storage().nbytes() // tensor.itemsize
+
+
+#: Questions about tensors that need no fake kernel; autograd and forward mode ask them for each
+#: op, which makes two thirds of what reaches the recorder.
+_FACTS: dict[Any, Callable[..., Any]] = {
+    torch.ops.prim.device.default: lambda x: getattr(x, "fake_device", None) or x.device,
+    aten.is_same_size.default: lambda x, y: x.shape == y.shape,
+    aten._has_same_storage_numel.default: lambda x, y: _storage_numel(x) == _storage_numel(y),
+}
+
+
 @dataclass(frozen=True)
 class Guard:
     """A concrete number that the captured Python code took from a tensor.
@@ -52,7 +65,7 @@ class Guard:
     """
 
     node: fx.Node
-    value: float | int | bool
+    value: float | int | bool | list[int]
     source: Source | None
     truth: bool
 
@@ -68,6 +81,7 @@ class Recorder(TorchDispatchMode):
         constants: Small tensors that the code made from numbers, with their placeholders.
         noise: Random inputs, with their placeholders.
         concrete: Real values of nodes that depend on known scalars alone.
+        readable: Real values of inputs that only shapes may depend on (`values`).
         guards: Where Python read such a value.
         fast: Labels of the user's parameters that are fast weights, by id; code that reads one
             from outside would see a stale value.
@@ -89,6 +103,7 @@ class Recorder(TorchDispatchMode):
         self.constants: list[tuple[Tensor, fx.Node]] = []
         self.noise: list[tuple[Noise, fx.Node]] = []
         self.concrete: dict[fx.Node, Tensor] = {}
+        self.readable: dict[fx.Node, Tensor] = {}
         self.guards: list[Guard] = []
         self.nonzero: frozenset[str] = frozenset()
         self.fast: dict[int, str] = {}
@@ -182,6 +197,8 @@ class Recorder(TorchDispatchMode):
         key = torch._C._TorchDispatchModeKey.FUNCTIONAL
         if torch._C._get_dispatch_mode(key) is not None:
             return func(*args, **kwargs)
+        if (fact := _FACTS.get(func)) is not None:
+            return fact(*args)
         if func is aten._local_scalar_dense.default:
             return self._read_number(args[0])
         if func in (aten.lift_fresh.default, aten.lift_fresh_copy.default):
@@ -374,6 +391,10 @@ class Recorder(TorchDispatchMode):
         self._lines.setdefault(number - 2, source)
         return source
 
+    def in_user_code(self) -> bool:
+        """Whether the user's forward or loss is running, and not a replay of it."""
+        return self.phase in (Phase.FORWARD, Phase.LOSS) and self.origin is None
+
     def stops_gradient(self) -> bool:
         """Whether the user's ``no_grad`` is on in model, loss or a network: a stop-gradient."""
         authored = self.phase in (Phase.FORWARD, Phase.LOSS) or self.networks_running > 0
@@ -391,20 +412,6 @@ class Recorder(TorchDispatchMode):
             stop.meta.update(phase=self.phase, source=node.meta.get("source"), val=node.meta["val"])
             self._stopped[node] = stop
         return stop
-
-    def keep_history(self, target: Tensor, before: fx.Node | None) -> None:
-        """After an in-place op under ``no_grad``: the new value has the old one's derivative.
-
-        Autograd does not see the op, so the tensor keeps its history.
-        """
-        after = self.node_of(target)
-        if before is None or after is None or after is before or after not in self._stopped:
-            return
-        source = self._line()
-        history = self.after_stop(before)
-        kept = self.graph.call_function(ATTACH, (after, history))
-        kept.meta.update(phase=self.phase, source=source, val=after.meta["val"])
-        self._stopped[after] = kept
 
     @contextlib.contextmanager
     def declared(self) -> Iterator[None]:

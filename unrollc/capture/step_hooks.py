@@ -52,7 +52,7 @@ def step_hooks(
         for hook in registered:
             stack.enter_context(unchanged(hook, "a hook of the optimizer's step"))
         stack.enter_context(NoOutsideWrites(recorder))
-        stack.enter_context(in_place_of_users(problem, stock, tensors))
+        stack.enter_context(in_place_of_users(problem, stock, recorder, tensors))
         try:
             yield
         finally:

@@ -9,7 +9,12 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from unrollc.capture.assemble import assemble, closure_label, concretes_of
+from unrollc.capture.assemble import (
+    assemble,
+    closure_label,
+    concretes_of,
+    labels_of_nodes,
+)
 from unrollc.capture.averaging import averaged_labels
 from unrollc.capture.batches import Batches
 from unrollc.capture.loop import Loop
@@ -34,7 +39,7 @@ def capture_val(
 
     Returns:
         The graph, and `loop` with the tensors from outside that only the validation loss brings
-        in, and with the values that it read from known scalars.
+        in, and with the values that it read from known scalars and lengths.
     """
     return captured(lambda compiling: _recorded(problem, stock, val, loop, names, compiling))
 
@@ -53,6 +58,9 @@ def _recorded(
         recorder.input(v.name, t, loop.known.get(v.label) if v.role is Role.BUFFER else None)
         for v, t in zip(values, examples, strict=True)
     ]
+    for (value, given), tensor in zip(_nodes(recorder, values, inputs), examples, strict=True):
+        if value.role is Role.BATCH:
+            recorder.readable[given] = tensor.detach()
 
     def run_user_validation(*given: Tensor) -> Tensor:
         tensors = {v.label: t for v, t in zip(values, given, strict=True)}
@@ -77,7 +85,7 @@ def _recorded(
     graph = assemble(
         recorder, values, [(Value(Role.LOSS, "val_loss", "val_loss"), node)], names, lifted
     )
-    labels = {node: value.label for value, node in _nodes(recorder, values, inputs)}
+    labels = labels_of_nodes(recorder, values, lifted)
     loop = replace(
         loop,
         lifted={closure_label(index): tensor for index, tensor in enumerate(lifted)},

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._decomp import decomposition_table
 from torch.autograd import Function
 
+from unrollc.capture.nests import tensors_in
 from unrollc.capture.record import Recorder
 from unrollc.capture.source import SourceFinder
 from unrollc.differentiate.guarded import Guards, dropped, is_elementwise
@@ -189,7 +191,22 @@ class Replay:
                 args = _behind_gates(
                     node, args, lambda g: g.masked_fill(dropped(selections, values), 0)
                 )
-        return target(*args, **kwargs)
+        result = target(*args, **kwargs)
+        if target in decomposition_table and _has_no_derivative(result):
+            return decomposition_table[target](*args, **kwargs)
+        return result
+
+
+def _has_no_derivative(result: Any) -> bool:
+    """Whether autograd marks the result of an op as one that has no formula."""
+    return any(
+        tensor.grad_fn is not None and tensor.grad_fn.name() == _NO_FORMULA
+        for tensor in tensors_in(result)
+    )
+
+
+#: What autograd calls the node behind an op without a derivative.
+_NO_FORMULA = "torch::autograd::NotImplemented"
 
 
 def _zero_where_zero(slope: Tensor, cotangent: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from unrollc.differentiate.adjoint import (
 )
 from unrollc.differentiate.guarded import guards_of
 from unrollc.differentiate.replay import Replay, calls, start
+from unrollc.errors import CaptureError
 from unrollc.step import Phase, Role, StepGraph, Value
 
 
@@ -84,14 +86,43 @@ def vector_jacobian(
     ]
     if not reached or not leaves:
         return [None for _ in leaves]
-    return list(
-        torch.autograd.grad(
+    try:
+        found = torch.autograd.grad(
             [out for out, _ in reached],
             leaves,
             [cotangent for _, cotangent in reached],
             allow_unused=True,
         )
-    )
+    except (NotImplementedError, RuntimeError) as error:
+        _explain_missing(error, replay)
+        raise
+    return list(found)
+
+
+#: How autograd says that an op has no derivative.
+_MISSING = re.compile(r"derivative for '?(?:aten::)?(\w+?)'? is not implemented")
+
+
+def _explain_missing(error: Exception, replay: Replay) -> None:
+    """Raise a `CaptureError` at the user's line where an op without a derivative is in the way."""
+    match = _MISSING.search(str(error))
+    if match is None:
+        return
+    name = match[1]
+    sources = [
+        node.meta.get("source")
+        for sought in (name, name.removesuffix("_backward"))
+        for node in replay.values
+        if getattr(getattr(node.target, "_schema", None), "name", "") == f"aten::{sought}"
+    ]
+    raise CaptureError(
+        f"{name} has no derivative in PyTorch",
+        where=next((source for source in sources if source is not None), None),
+        why="the meta-gradient differentiates every op of the inner step, those of its gradient "
+        "included",
+        remedy="replace the op by others that have a (second) derivative, or leave the "
+        "meta-parameters that need it out of meta=",
+    ) from error
 
 
 def loss_gradient(graph: StepGraph, wanted: frozenset[Key]) -> StepGraph:

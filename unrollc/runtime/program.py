@@ -168,7 +168,7 @@ class Program:
             scalars = known_scalars(given.read_as(lowered).stock)
             lifted = lowered.loop.lifted.values()
             same = lowered.lifted_require == tuple(t.requires_grad for t in lifted)
-            if same and lowered.loop.holds(scalars):
+            if same and lowered.loop.holds(scalars, train, val):
                 return lowered, module
         with torch.inference_mode(False):
             lowered = lower(
