@@ -214,7 +214,10 @@ class Concretes:
         if any(label not in concrete for label in self.guarded.inputs):
             return False
         seen = self.guarded.run(concrete)
-        return all(s.tolist() == g for s, g in zip(seen, self.guards, strict=True))
+        return all(
+            (s.tolist() if isinstance(g, list) else s.item()) == g
+            for s, g in zip(seen, self.guards, strict=True)
+        )
 
     def advance(self, concrete: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The counters after the step."""
