@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import unrollc
-from tests.oracles import cases, finite
+from tests.oracles import cases, finite, ordinary
 from tests.oracles.compare import assert_close
 from tests.oracles.models import MLP
 from tests.oracles.objectives import unstack
@@ -242,6 +242,23 @@ def test_steps_are_shared(kind: type[Plain]) -> None:
     before = {key: value for key, value in vars(opt).items() if isinstance(value, int)}
     assert before == {k: v for k, v in vars(problem(kind)[1]).items() if isinstance(v, int)}
     assert "step" not in opt.param_groups[0]
+
+
+@pytest.mark.parametrize("kind", [InGroup, OnSelf])
+def test_counters_that_went_on_do_not_lower_again(kind: type[Plain]) -> None:
+    """They are inputs; only where a counter appears for the first time there is another program."""
+    model = MLP()
+    opt = kind(model.parameters())
+    batch = unstack(cases.batches(SHAPE, 1, seed=1))[0]
+    program = unrollc.compile(model, opt, F.cross_entropy)
+    found = []
+    for _ in range(3):
+        found.append(program.lower([batch] * T, batch))
+        result = program([batch] * T, batch)
+        trained = ordinary.train(model, opt, F.cross_entropy, [batch] * T)
+        assert_close(result.params, trained.params, rtol=1e-12)
+        result.apply()
+    assert found[2] is found[1]
 
 
 def test_a_rate_that_is_a_tensor_is_not_written_to() -> None:

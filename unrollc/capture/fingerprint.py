@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
+from collections.abc import Set
 from typing import Any
 
 import torch
@@ -46,8 +47,13 @@ class Fingerprint:
         self.pinned: list[Any] = []
         self._known: dict[int, str] = {}
 
-    def of_problem(self, problem: Problem) -> tuple[Any, ...]:
-        """Module attributes, modes and hooks, optimizer attributes, and what losses refer to."""
+    def of_problem(self, problem: Problem, moving: Set[str] = frozenset()) -> tuple[Any, ...]:
+        """Module attributes, modes and hooks, optimizer attributes, and what losses refer to.
+
+        Args:
+            problem: The user's objects.
+            moving: Labels of numbers of the optimizer that are inputs of programs.
+        """
         parts: list[Any] = []
         self._known = {id(module): prefix for prefix, module in problem.modules.items()}
         for prefix, module in problem.modules.items():
@@ -55,7 +61,12 @@ class Fingerprint:
             for name, parameter in module.named_parameters():
                 if parameter._backward_hooks:
                     parts.append((prefix + name, self.of(dict(parameter._backward_hooks))))
-        own = {k: v for k, v in vars(problem.opt).items() if k not in _OPTIMIZER_PARTS}
+        keyed = vars(problem.opt).keys() - _OPTIMIZER_PARTS
+        own = {
+            k: v
+            for k, v in vars(problem.opt).items()
+            if k in keyed and f"optimizer.{k}" not in moving
+        }
         parts.append((type(problem.opt), self.of(own)))
         for loss in (problem.loss, problem.val_loss):
             parts.append(self.of(loss.fn if isinstance(loss, Objective) else loss))
