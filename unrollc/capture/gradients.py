@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -71,17 +71,33 @@ def run_user_transform(
 @contextlib.contextmanager
 def unchanged(code: Any, what: str) -> Iterator[None]:
     """Refuse code that changes Python values which it reads again at the next step."""
-    parts = [code, *_modules_behind(code)]
+
+    def parts() -> list[Any]:
+        return [code, *_modules_behind(code)]
+
+    with steady(parts, what, "a tensor: a buffer of an nn.Module"):
+        yield
+
+
+@contextlib.contextmanager
+def steady(parts: Callable[[], Sequence[Any]], what: str, place: str) -> Iterator[None]:
+    """Refuse a change of values that no step hands to the next.
+
+    Args:
+        parts: Returns the code, and values that it reads.
+        what: The code's name.
+        place: Where such values belong.
+    """
     before = Fingerprint()
-    described = [before.of_code(part) for part in parts]
+    described = [before.of_code(part) for part in parts()]
     yield
     after = Fingerprint()
-    if [after.of_code(part) for part in parts] != described:
+    if [after.of_code(part) for part in parts()] != described:
         raise CaptureError(
             f"{what} changes Python values that it refers to",
             why="it runs once, when a step is captured, and not at every inner step: a counter or "
             "a list would not grow",
-            remedy="keep what changes from step to step in a tensor: a buffer of an nn.Module",
+            remedy=f"keep what changes from step to step in {place}",
         )
 
 
