@@ -7,6 +7,7 @@ import functools
 import sys
 import types
 from collections import deque
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -44,13 +45,16 @@ class Fingerprint:
     them, and by identity unless the problem knows them by name; other objects by identity and
     attributes. What counts by identity is kept alive so that no other object can take its place.
 
+    Args:
+        known: Modules that are told apart, and not described.
+
     Attributes:
         pinned: The objects that count by identity.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, known: Iterable[nn.Module] = ()) -> None:
         self.pinned: list[Any] = []
-        self._known: dict[int, str] = {}
+        self._known = {id(module): f"module {index}" for index, module in enumerate(known)}
 
     def of_problem(self, problem: Problem) -> tuple[Any, ...]:
         """Module attributes, modes and hooks, optimizer attributes, and what losses refer to."""

@@ -126,7 +126,8 @@ class ScalarSlots(TorchFunctionMode):
                 why="what the inner loop carries from step to step has one shape and dtype",
                 remedy="give it data of the same shape and dtype",
             )
-        own = value.detach() if isinstance(value, FunctionalTensor) else value.clone()
+        traced = isinstance(value, FunctionalTensor)
+        own: Any = value.detach() if traced else value.clone()
         target.elem = own.elem
 
     def _goes_on(self, tensor: Tensor) -> bool:

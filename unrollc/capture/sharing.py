@@ -6,6 +6,7 @@ from the second step on.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 
 import torch
@@ -22,7 +23,7 @@ def sharing(tensors: Mapping[str, Tensor]) -> tuple[str, str] | None:
     """
     strided = {k: t for k, t in tensors.items() if t.layout is torch.strided and t.numel()}
     spans = sorted((*_span(tensor), label) for label, tensor in strided.items())
-    for (memory, _, end, first), (other, begin, _, second) in zip(spans, spans[1:], strict=False):
+    for (memory, _, end, first), (other, begin, _, second) in itertools.pairwise(spans):
         if memory == other and begin < end:
             return first, second
     return None
