@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -60,6 +62,40 @@ class Logging(Linear):
     def forward(self, x: Tensor) -> Tensor:
         self.log["shapes"].append(tuple(x.shape))
         return self.layer(x) / len(self.log["shapes"])
+
+
+class Recording(Linear):
+    """Counts in an object of its own, and turns a ring of factors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.record = types.SimpleNamespace(calls=0)
+        self.ring = deque([1.0, 0.5, 2.0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.record.calls += 1
+        self.ring.rotate(1)
+        return self.layer(x) * (self.ring[0] / self.record.calls)
+
+
+def test_attributes_of_objects_and_deques_are_carried() -> None:
+    model = Recording()
+    assert_exact(model, classes(steps=3), plain=twin(model, Recording))
+    assert model.record.calls == 0 and list(model.ring) == [1.0, 0.5, 2.0]
+
+
+def test_a_loss_that_counts_is_refused() -> None:
+    model, calls = Linear(), [0]
+
+    def loss(prediction: Tensor, target: Tensor) -> Tensor:
+        calls[0] += 1
+        return nn.functional.cross_entropy(prediction, target) / calls[0]
+
+    model.forward = model.layer.forward  # type: ignore[method-assign]
+    opt, _ = held(model, momentum)
+    *train, val = classes(3)
+    with pytest.raises(unrollc.CaptureError, match="the loss changes Python values"):
+        unrollc.compile(model, opt, loss).lower(train, val)
 
 
 @pytest.mark.parametrize("kind", [Alternating, Decided, Remembering, Logging])

@@ -111,3 +111,64 @@ def test_a_fill_keeps_the_gradient(fill: Callable[[Tensor, Any], Tensor]) -> Non
         gradient,
         directions=1,
     )
+
+
+class Reassigned(torch.optim.Optimizer):
+    """Gives its parameters new data, as much code from before ``no_grad`` does."""
+
+    def __init__(self, params: Any, lr: Any = 0.1) -> None:
+        super().__init__(params, {"lr": lr})
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for param in group["params"]:
+                state, old = self.state[param], param.data
+                param.data = old - group["lr"] * param.grad.data
+                if "before" in state:  # of the step before: `old` keeps its memory
+                    param.data = param.data + 0.5 * (old - state["before"])
+                state["before"] = old
+
+
+def test_new_data_of_a_parameter() -> None:
+    model = MLP()
+    lr = torch.tensor(0.1, requires_grad=True)
+    opt = Reassigned(model.parameters())
+    opt.param_groups[0]["lr"] = lr
+    train = cases.batches(SHAPE, 3, seed=1)
+    val = unstack(cases.batches(SHAPE, 1, seed=2))[0]
+
+    def trained() -> ordinary.Trained:
+        return ordinary.train(model, opt, F.cross_entropy, unstack(train), val)
+
+    result = unrollc.compile(model, opt, F.cross_entropy)(train, val)
+    assert_close(result.params, trained().params, rtol=1e-12)
+    leaves = [lr, next(model.parameters())]
+    found = torch.autograd.grad(result.loss, leaves)
+    for leaf, gradient in zip(leaves, found, strict=True):
+        finite.assert_gradient(lambda: trained().loss, leaf.data, gradient, directions=1)
+
+
+class Aliased(Reassigned):
+    """Keeps no copy of a parameter: what it keeps moves with the parameter."""
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for param in group["params"]:
+                state = self.state[param]
+                if not state:
+                    state["first"] = param.data
+                param.data.add_(0.1 * (state["first"] - param.data) - group["lr"] * param.grad.data)
+
+
+def test_state_in_the_memory_of_a_parameter_is_refused() -> None:
+    model = MLP()
+    opt = Aliased(model.parameters())
+    program = unrollc.compile(model, opt, F.cross_entropy)
+    data = cases.batches(SHAPE, 3, seed=1), unstack(cases.batches(SHAPE, 1, seed=2))[0]
+    with pytest.raises(unrollc.CaptureError, match=r'\["first"\].*in one memory'):
+        program.lower(*data)
+    for param in model.parameters():
+        param.grad = torch.zeros_like(param)
+    opt.step()
+    with pytest.raises(unrollc.InputError, match=r'\["first"\].*in one memory'):
+        program.lower(*data)

@@ -81,6 +81,12 @@ def _loaded_state(setting: Setting) -> None:
     assert setting.opt.state
 
 
+def _into_the_next_group(setting: Setting) -> None:
+    """All parameters keep their order."""
+    first, second = (group["params"] for group in setting.opt.param_groups)
+    second.insert(0, first.pop())
+
+
 CHANGES: dict[str, list[Callable[[Setting], None]]] = {
     "momentum from 0 to 0.9": [_set("momentum", 0.9), _set("momentum", 0)],
     "a tensor momentum from 0 to 0.9": [
@@ -102,6 +108,10 @@ CHANGES: dict[str, list[Callable[[Setting], None]]] = {
     "another param group": [
         lambda s: s.opt.add_param_group({"params": list(s.model.head.parameters()), "lr": 0.3}),
         lambda s: s.opt.param_groups.pop(),
+    ],
+    "a parameter in another group": [
+        lambda s: s.opt.add_param_group({"params": list(s.model.head.parameters()), "lr": 0.3}),
+        _into_the_next_group,
     ],
     "loaded state": [_set("momentum", 0.9), _loaded_state, lambda s: s.opt.state.clear()],
 }

@@ -9,6 +9,7 @@ earlier step is a constant to no step graph, so code that reads it from an attri
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.overrides import TorchFunctionMode
 
-from unrollc.capture.fingerprint import MODULE_PARTS, Fingerprint
+from unrollc.capture.fingerprint import MODULE_PARTS, Fingerprint, holds_values
 from unrollc.capture.nests import map_tensors
 from unrollc.capture.problem import Problem
 from unrollc.capture.source import SourceFinder
@@ -35,7 +36,8 @@ class Attributes:
 
     Attributes:
         held: For each module its label, itself, and a copy of its ``__dict__``.
-        containers: The lists, dictionaries and sets in them, with copies.
+        containers: The lists, dictionaries, sets and attributes of plain objects in them, with
+            copies.
         description: Equal for attributes under which a forward runs the same code.
         stale: Tensors of the step before, by id, and the attributes that hold them.
         pinned: What the description counts by identity.
@@ -87,7 +89,9 @@ def read_attributes(problem: Problem) -> Attributes:
 
 
 def _copy_containers(value: Any, found: dict[int, tuple[Any, Any]]) -> None:
-    if not isinstance(value, dict | list | set | tuple) or id(value) in found:
+    if holds_values(value) and not isinstance(value, dict | list | set | tuple | deque):
+        value = vars(value)
+    if not isinstance(value, dict | list | set | tuple | deque) or id(value) in found:
         return
     if not isinstance(value, tuple):
         found[id(value)] = (value, value.copy())
@@ -183,7 +187,7 @@ class Fresh(TorchFunctionMode):
 
 def _refill(container: Any, content: Any) -> None:
     container.clear()
-    if isinstance(container, list):
+    if isinstance(container, list | deque):
         container.extend(content)
     else:
         container.update(content)

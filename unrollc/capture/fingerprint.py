@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
+import sys
 import types
-from collections.abc import Set
+from collections import deque
+from collections.abc import Iterable, Set
 from typing import Any
 
 import torch
@@ -13,11 +16,14 @@ from torch.optim import optimizer
 
 from unrollc.capture.problem import Objective, Problem
 
+_SEQUENCES = (tuple, list, set, frozenset, deque)
 _SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
 #: Containers and nested functions are followed to this depth, and up to this many items.
 _DEPTH = 4
 _ITEMS = 64
+
+_LIBRARIES = ("torch", "unrollc", "builtins")
 
 #: Attributes of a module that are keyed elsewhere or that PyTorch itself maintains.
 MODULE_PARTS = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
@@ -36,16 +42,19 @@ class Fingerprint:
 
     Numbers, strings and containers of them count by value; functions by their code, defaults,
     closures and the globals that they name; modules by the attributes and modes of all within
-    them, and by identity unless the problem knows them by name; anything else by identity, and is
-    kept alive so that no other object can take its place.
+    them, and by identity unless the problem knows them by name; other objects by identity and
+    attributes. What counts by identity is kept alive so that no other object can take its place.
+
+    Args:
+        known: Modules that are told apart, and not described.
 
     Attributes:
         pinned: The objects that count by identity.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, known: Iterable[nn.Module] = ()) -> None:
         self.pinned: list[Any] = []
-        self._known: dict[int, str] = {}
+        self._known = {id(module): f"module {index}" for index, module in enumerate(known)}
 
     def of_problem(self, problem: Problem, moving: Set[str] = frozenset()) -> tuple[Any, ...]:
         """Module attributes, modes and hooks, optimizer attributes, and what losses refer to.
@@ -61,13 +70,17 @@ class Fingerprint:
             for name, parameter in module.named_parameters():
                 if parameter._backward_hooks:
                     parts.append((prefix + name, self.of(dict(parameter._backward_hooks))))
-        keyed = vars(problem.opt).keys() - _OPTIMIZER_PARTS
+        moved = {label.removeprefix("optimizer.") for label in moving}
         own = {
-            k: v
-            for k, v in vars(problem.opt).items()
-            if k in keyed and f"optimizer.{k}" not in moving
+            key: value
+            for key, value in vars(problem.opt).items()
+            if key not in _OPTIMIZER_PARTS | moved
         }
         parts.append((type(problem.opt), self.of(own)))
+        parts += [self.of(value) for value in class_values(type(problem.opt))]
+        for group in problem.opt.param_groups:
+            functions = {k: v for k, v in group.items() if callable(v) and k != "params"}
+            parts.append(self.of({k: v for k, v in functions.items() if not _is_tensor(v)}))
         for loss in (problem.loss, problem.val_loss):
             parts.append(self.of(loss.fn if isinstance(loss, Objective) else loss))
         parts.append(self.of(problem.grad_transform))
@@ -87,11 +100,11 @@ class Fingerprint:
         """The description of one value."""
         if isinstance(value, _SIMPLE):
             return (type(value).__name__, repr(value))
-        if depth and isinstance(value, tuple | list | set | frozenset) and len(value) <= _ITEMS:
+        if depth and isinstance(value, _SEQUENCES) and len(value) <= _ITEMS:
             return (type(value).__name__, *(self.of(item, depth - 1) for item in value))
         if depth and isinstance(value, dict) and len(value) <= _ITEMS:
-            items = (self.of(pair, depth - 1) for pair in value.items())
-            return (type(value).__name__, *items)
+            pairs = ((self.of(k, depth - 1), self.of(v, depth - 1)) for k, v in value.items())
+            return (type(value).__name__, *pairs)
         if isinstance(value, functools.partial) and depth:
             given = (value.func, value.args, value.keywords)
             return ("partial", *(self.of(part, depth) for part in given))
@@ -105,8 +118,10 @@ class Fingerprint:
             return self._function(value, depth)
         if depth and not isinstance(value, Tensor | nn.Module | type | types.ModuleType):
             plain = getattr(value, "__dict__", None)
-            if isinstance(plain, dict) and callable(value):
+            if isinstance(plain, dict) and (callable(value) or holds_values(value)):
                 return (self._identity(value), self.of(plain, depth - 1))
+            if getattr(value, "nbytes", _ITEMS + 1) <= _ITEMS and hasattr(value, "tobytes"):
+                return (self._identity(value), value.tobytes())  # a small array of NumPy's
         return self._identity(value)
 
     def _children(self, root: nn.Module, depth: int) -> tuple[Any, ...]:
@@ -114,7 +129,7 @@ class Fingerprint:
         rows = []
         for name, child in root.named_modules():
             own = {k: v for k, v in vars(child).items() if k not in MODULE_PARTS}
-            rows.append((name, type(child), self.of(own, depth - 1)))
+            rows.append((name, type(child), self.of(own, max(depth - 1, 1))))
         return tuple(rows)
 
     def _owner(self, method: types.MethodType, depth: int) -> Any:
@@ -138,7 +153,8 @@ class Fingerprint:
             for name in code.co_names
             if name in function.__globals__
         ]
-        defaults = self.of((function.__defaults__, function.__kwdefaults__), depth - 1)
+        given = (function.__defaults__, function.__kwdefaults__)
+        defaults = tuple(self.of(part, depth - 1) for part in given)
         return ("function", self._identity(code), tuple(cells), tuple(named), defaults)
 
     def _identity(self, value: Any) -> Any:
@@ -146,5 +162,31 @@ class Fingerprint:
         return ("object", id(value))
 
 
+def class_values(kind: type) -> list[Any]:
+    """What the classes of an optimizer, PyTorch's own left out, hold besides functions."""
+    own = [base for base in kind.__mro__ if base.__module__.split(".")[0] not in _LIBRARIES]
+    attributes = [item for base in own for item in vars(base).items()]
+    return [value for name, value in attributes if name[:2] != "__" and not callable(value)]
+
+
+def holds_values(value: Any) -> bool:
+    """Whether an object is there for what its attributes hold: a configuration, a record.
+
+    Objects of the standard library (loggers, locks, files) have lives of their own.
+    """
+    kind = type(value)
+    if isinstance(value, Tensor | nn.Module | type | types.ModuleType | types.FunctionType):
+        return False
+    if not isinstance(getattr(value, "__dict__", None), dict):
+        return False
+    return kind.__module__.split(".")[0] not in sys.stdlib_module_names or isinstance(
+        value, types.SimpleNamespace | argparse.Namespace
+    )
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor | nn.Module)
+
+
 def _is_library(function: types.FunctionType) -> bool:
-    return (function.__module__ or "").split(".")[0] in ("torch", "unrollc")
+    return (function.__module__ or "").split(".")[0] in _LIBRARIES
