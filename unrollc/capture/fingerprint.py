@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import functools
 import types
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.optim import optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from unrollc.capture.problem import Objective, Problem
+from unrollc.capture.trees import attributes_of, is_plain_object
+from unrollc.errors import CaptureError
 
+_CONTAINERS = (tuple, list, set, frozenset, deque, dict)
 _SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
 #: Containers and nested functions are followed to this depth, and up to this many items.
@@ -30,21 +40,50 @@ def step_hooks_of(opt: torch.optim.Optimizer) -> list[Any]:
     return [hook for hooks in (*own, *shared) for hook in hooks.values()]
 
 
+def is_traced(tensor: Tensor) -> bool:
+    """Whether a tensor stands for a value of the step that is being captured."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return wrapped or isinstance(tensor, FunctionalTensor | FakeTensor)
+
+
+def has_attributes(value: Any) -> bool:
+    """Whether an object is described by its attributes.
+
+    Optimizers and schedulers are not: an outer loop steps them. Nor are compiled programs.
+    """
+    kind = type(value)
+    if isinstance(value, torch.optim.Optimizer | LRScheduler) or _is_library(kind):
+        return False
+    if is_plain_object(value) or isinstance(value, argparse.Namespace | types.SimpleNamespace):
+        return True
+    other = Tensor | nn.Module | type | types.ModuleType | types.FunctionType
+    return (
+        callable(value)
+        and isinstance(getattr(value, "__dict__", None), dict)
+        and not isinstance(value, other)
+    )
+
+
 class Fingerprint:
     """A hashable description of Python values.
 
-    Numbers, strings and containers of them count by value; functions by their code, defaults,
-    closures and the globals that they name; modules by the attributes and modes of all within
-    them, and by identity unless the problem knows them by name; anything else by identity, and is
-    kept alive so that no other object can take its place.
+    Numbers, strings and containers of them count by value, long containers by identity and length;
+    functions by their code, defaults, closures and the globals that they name; modules by the
+    attributes and modes of all within them, and by identity unless the problem knows them by name;
+    plain objects by identity and attributes; traced tensors by shape; anything else by identity,
+    and is kept alive so that no other object can take its place.
+
+    Args:
+        known: Modules that count by being there, whatever their attributes.
 
     Attributes:
         pinned: The objects that count by identity.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, known: Collection[nn.Module] = ()) -> None:
         self.pinned: list[Any] = []
-        self._known: dict[int, str] = {}
+        self._known: dict[int, str] = {id(module): "carried" for module in known}
+        self._objects: dict[tuple[int, int], Any] = {}
 
     def of_problem(self, problem: Problem) -> tuple[Any, ...]:
         """Module attributes, modes and hooks, optimizer attributes, and what losses refer to."""
@@ -74,13 +113,16 @@ class Fingerprint:
 
     def of(self, value: Any, depth: int = _DEPTH) -> Any:
         """The description of one value."""
+        if isinstance(value, Tensor) and is_traced(value):
+            return ("traced", tuple(value.shape), value.dtype, value.device)
         if isinstance(value, _SIMPLE):
             return (type(value).__name__, repr(value))
-        if depth and isinstance(value, tuple | list | set | frozenset) and len(value) <= _ITEMS:
+        if isinstance(value, _CONTAINERS):
+            if not depth or len(value) > _ITEMS:
+                return (*self._identity(value), len(value))
+            if isinstance(value, dict):
+                return (type(value).__name__, *self._entries(value, depth - 1))
             return (type(value).__name__, *(self.of(item, depth - 1) for item in value))
-        if depth and isinstance(value, dict) and len(value) <= _ITEMS:
-            items = (self.of(pair, depth - 1) for pair in value.items())
-            return (type(value).__name__, *items)
         if isinstance(value, functools.partial) and depth:
             given = (value.func, value.args, value.keywords)
             return ("partial", *(self.of(part, depth) for part in given))
@@ -92,11 +134,21 @@ class Fingerprint:
             return ("method", self.of(value.__func__, depth), self._owner(value, depth))
         if isinstance(value, types.FunctionType):
             return self._function(value, depth)
-        if depth and not isinstance(value, Tensor | nn.Module | type | types.ModuleType):
-            plain = getattr(value, "__dict__", None)
-            if isinstance(plain, dict) and callable(value):
-                return (self._identity(value), self.of(plain, depth - 1))
+        if depth and has_attributes(value):
+            return self._object(value, depth)
         return self._identity(value)
+
+    def _object(self, value: Any, depth: int) -> Any:
+        """An object, described once: every layer of a network may hold the same configuration."""
+        key = (id(value), depth)
+        if key not in self._objects:
+            self._objects[key] = self._identity(value)  # in case that it leads back to itself
+            rows = self._entries(attributes_of(value), depth - 1)
+            self._objects[key] = (self._identity(value), *rows)
+        return self._objects[key]
+
+    def _entries(self, entries: Mapping[Any, Any], depth: int) -> list[Any]:
+        return [(self.of(key, depth), self.of(item, depth)) for key, item in entries.items()]
 
     def _children(self, root: nn.Module, depth: int) -> tuple[Any, ...]:
         """Attributes and modes of a module and of all within it."""
@@ -116,12 +168,7 @@ class Fingerprint:
         code = function.__code__
         if not depth or _is_library(function):
             return self._identity(function)
-        cells = []
-        for cell in function.__closure__ or ():
-            try:
-                cells.append(self.of(cell.cell_contents, depth - 1))
-            except ValueError:  # not bound yet
-                cells.append(None)
+        cells = [self.of(value, depth - 1) for value in _closure(function)]
         named = [
             (name, self.of(function.__globals__[name], depth - 1))
             for name in code.co_names
@@ -135,5 +182,46 @@ class Fingerprint:
         return ("object", id(value))
 
 
-def _is_library(function: types.FunctionType) -> bool:
-    return (function.__module__ or "").split(".")[0] in ("torch", "unrollc")
+def _is_library(code: types.FunctionType | type) -> bool:
+    return (code.__module__ or "").split(".")[0] in ("torch", "unrollc")
+
+
+@contextlib.contextmanager
+def unchanged(code: Any, what: str, carried: Collection[nn.Module] = ()) -> Iterator[None]:
+    """Refuse code that changes Python values which it reads again at the next step.
+
+    Args:
+        code: A function or a module.
+        what: What the user calls it.
+        carried: Modules whose attributes go from step to step and may change.
+    """
+    known = {id(module) for module in carried}
+    parts = [part for part in (code, *_modules_behind(code)) if id(part) not in known]
+    before = Fingerprint(carried)
+    described = [before.of_code(part) for part in parts]
+    yield
+    after = Fingerprint(carried)
+    if [after.of_code(part) for part in parts] != described:
+        raise CaptureError(
+            f"{what} changes Python values that it refers to",
+            why="it runs once, when a step is captured, and not at every inner step: a counter or "
+            "a list would not grow",
+            remedy="keep what changes from step to step in a tensor: a buffer of an nn.Module",
+        )
+
+
+def _closure(function: types.FunctionType) -> list[Any]:
+    """The values of a function's closure that are bound."""
+    found = []
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # not bound yet
+            found.append(cell.cell_contents)
+    return found
+
+
+def _modules_behind(code: Any) -> list[nn.Module]:
+    """Modules that a function reaches by its closure or as globals."""
+    if not isinstance(code, types.FunctionType):
+        return []
+    values = [*_closure(code), *(code.__globals__.get(name) for name in code.__code__.co_names)]
+    return [value for value in values if isinstance(value, nn.Module)]

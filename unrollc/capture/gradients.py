@@ -7,15 +7,10 @@ transform followed by the optimizer.
 
 from __future__ import annotations
 
-import contextlib
-import types
-from collections.abc import Iterator
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from unrollc.capture.fingerprint import Fingerprint
+from unrollc.capture.fingerprint import unchanged
 from unrollc.capture.foreach import ForeachAsLoops
 from unrollc.capture.model import in_place_of_users
 from unrollc.capture.numbers import numbers_stay_tensors
@@ -23,7 +18,6 @@ from unrollc.capture.outside import NoOutsideWrites
 from unrollc.capture.problem import Problem, Stock
 from unrollc.capture.record import Recorder
 from unrollc.capture.scalars import ScalarSlots
-from unrollc.errors import CaptureError
 
 
 def run_user_transform(
@@ -66,29 +60,3 @@ def run_user_transform(
     ):
         problem.grad_transform(handed)
     return {label: gradient for label in held if (gradient := tensors[label].grad) is not None}
-
-
-@contextlib.contextmanager
-def unchanged(code: Any, what: str) -> Iterator[None]:
-    """Refuse code that changes Python values which it reads again at the next step."""
-    parts = [code, *_modules_behind(code)]
-    before = Fingerprint()
-    described = [before.of_code(part) for part in parts]
-    yield
-    after = Fingerprint()
-    if [after.of_code(part) for part in parts] != described:
-        raise CaptureError(
-            f"{what} changes Python values that it refers to",
-            why="it runs once, when a step is captured, and not at every inner step: a counter or "
-            "a list would not grow",
-            remedy="keep what changes from step to step in a tensor: a buffer of an nn.Module",
-        )
-
-
-def _modules_behind(code: Any) -> list[nn.Module]:
-    """Modules that a function reaches by its closure or as globals."""
-    if not isinstance(code, types.FunctionType):
-        return []
-    values = [cell.cell_contents for cell in code.__closure__ or ()]
-    values += [code.__globals__.get(name) for name in code.__code__.co_names]
-    return [value for value in values if isinstance(value, nn.Module)]
