@@ -303,3 +303,28 @@ def test_a_program_is_used_again_only_where_the_numbers_it_read_are_the_same() -
     model.place.fill_(1)
     assert program.lower(train, val) is not first
     assert_exact(model, classes())
+
+
+class Aliased(Linear):
+    """Reads its weight by another tensor that shares the memory."""
+
+    def __init__(self, alias: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.alias = alias(self.layer.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + x @ self.alias.T
+
+
+@pytest.mark.parametrize(
+    "alias", [lambda weight: weight.data, lambda weight: weight.detach()[:, :], lambda w: w[:1]]
+)
+def test_a_fast_weight_behind_another_tensor_is_refused(alias: Callable[[Tensor], Tensor]) -> None:
+    """In ordinary training it follows the weight; captured, it would keep its initial value."""
+    with pytest.raises(unrollc.CaptureError, match=r"reads layer\.weight behind the model's back"):
+        lowered(Aliased(alias), 2)
+
+
+def test_a_copy_of_the_initial_weight_is_a_constant() -> None:
+    model = Aliased(lambda weight: weight.detach().clone())
+    assert_exact(model, classes(steps=2))

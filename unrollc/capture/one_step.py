@@ -154,8 +154,7 @@ class StepRecording:
         self.attributes = start.attributes
         self.names = shared.names
         self.recorder = Recorder(SourceFinder(module_names(problem)))
-        changing = {**stock.theta, **stock.opt_state, **stock.average}
-        self.recorder.fast = {id(tensor): label for label, tensor in changing.items()}
+        self.recorder.watch({**stock.theta, **stock.opt_state, **stock.average})
         self.values: list[Value] = []
 
     def capture(
