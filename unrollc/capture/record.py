@@ -287,7 +287,9 @@ class Recorder(TorchDispatchMode):
         if isinstance(tensor, FakeTensor):
             assert self.origin is None, "a fake tensor of unknown origin reached the recorder"
             raise refusals.of_another_step(self._line())
-        label = self.fast.get(id(tensor)) or self._fast_memory.get(memory_of(tensor))
+        label = self.fast.get(id(tensor))
+        if label is None and self._fast_memory:
+            label = self._fast_memory.get(memory_of(tensor))
         if label is not None:
             raise refusals.behind_the_back(label, self._line())
         fake = self.input(f"lifted_{len(self.lifted)}", tensor)
@@ -433,7 +435,9 @@ class Recorder(TorchDispatchMode):
 
 def memory_of(tensor: Tensor) -> int | None:
     """What tensors that share their memory have in common; None where there is no memory."""
-    if isinstance(tensor, FakeTensor) or tensor.layout is not torch.strided:
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    traced = wrapped or isinstance(tensor, FakeTensor | FunctionalTensor)
+    if traced or tensor.layout is not torch.strided or tensor.device.type == "meta":
         return None
     return tensor.untyped_storage().data_ptr() or None
 
