@@ -1,8 +1,10 @@
 """What an optimizer keeps outside its state: counters, attributes, objects, wrapped optimizers."""
 
+import functools
 import itertools
 import math
-from collections import deque
+import types
+from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -12,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import unrollc
-from tests.oracles import cases, finite
+from tests.oracles import cases, finite, ordinary
 from tests.oracles.compare import assert_close
 from tests.oracles.models import MLP
 from tests.oracles.objectives import unstack
@@ -244,6 +246,23 @@ def test_steps_are_shared(kind: type[Plain]) -> None:
     assert "step" not in opt.param_groups[0]
 
 
+@pytest.mark.parametrize("kind", [InGroup, OnSelf])
+def test_counters_that_went_on_do_not_lower_again(kind: type[Plain]) -> None:
+    """They are inputs; only where a counter appears for the first time there is another program."""
+    model = MLP()
+    opt = kind(model.parameters())
+    batch = unstack(cases.batches(SHAPE, 1, seed=1))[0]
+    program = unrollc.compile(model, opt, F.cross_entropy)
+    found = []
+    for _ in range(3):
+        found.append(program.lower([batch] * T, batch))
+        result = program([batch] * T, batch)
+        trained = ordinary.train(model, opt, F.cross_entropy, [batch] * T)
+        assert_close(result.params, trained.params, rtol=1e-12)
+        result.apply()
+    assert found[2] is found[1]
+
+
 def test_a_rate_that_is_a_tensor_is_not_written_to() -> None:
     """``rate = group["lr"]; rate *= 2`` leaves a number as it is, and a tensor in its place too."""
     model, _, batches, val = problem(Aliased)
@@ -279,6 +298,116 @@ def test_an_iterator_is_refused() -> None:
     model, opt, batches, val = problem(Plain)
     opt.steps = itertools.count(1)
     with pytest.raises(unrollc.CaptureError, match=r"optimizer\.steps is an iterator"):
+        unrollc.compile(model, opt, F.cross_entropy).lower(batches, val)
+
+
+class InText(Plain):
+    """Two momenta, named by the step's parity, take turns."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params)
+        self.count = 0
+
+    def key(self) -> Any:
+        return f"buffer {self.count % 2}"
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for param in group["params"]:
+                state, key = self.state[param], self.key()
+                state[key] = 0.9 * state.get(key, torch.zeros_like(param)) + param.grad
+                param.sub_(group["lr"] * state[key])
+        self.count += 1
+
+
+class InStr(InText):
+    def key(self) -> Any:
+        return "buffer " + str(self.count % 2)
+
+
+class AsKey(InText):
+    def key(self) -> Any:
+        return self.count % 2
+
+
+@pytest.mark.parametrize("kind", [InText, InStr])
+def test_a_counter_in_the_name_of_an_entry(kind: type[InText]) -> None:
+    model, opt, batches, val = problem(kind)
+    with torch.no_grad():
+        result = unrollc.compile(model, opt, F.cross_entropy)(batches, val)
+    expected = ordinary.train(model, opt, F.cross_entropy, batches)
+    assert_close(result.params, expected.params, rtol=1e-12)
+    assert [set(state) for state in result.opt_state.values()] == [
+        {"buffer 0", "buffer 1"} for _ in expected.params
+    ]
+
+
+def test_a_counter_that_becomes_a_key_is_refused() -> None:
+    model, opt, batches, val = problem(AsKey)
+    with pytest.raises(unrollc.CaptureError, match="has a key that was computed from a number"):
+        unrollc.compile(model, opt, F.cross_entropy).lower(batches, val)
+
+
+class AsksForType(OnSelf):
+    def factor(self, group: dict[str, Any]) -> Any:
+        self.count += 1
+        return 1.0 / self.count if isinstance(self.count, int) else 0.1
+
+
+def test_code_that_asks_for_the_type_of_a_counter_is_refused() -> None:
+    model, opt, batches, val = problem(AsksForType)
+    with pytest.raises(unrollc.CaptureError, match=r"is a tensor: optimizer\.count"):
+        unrollc.compile(model, opt, F.cross_entropy).lower(batches, val)
+
+
+COUNT = [0]
+
+
+def _closure() -> Callable[[], int]:
+    count = 0
+
+    def next_count() -> int:
+        nonlocal count
+        count += 1
+        return count
+
+    return next_count
+
+
+class Elsewhere(Plain):
+    """Counts in a place that no step hands to the next."""
+
+    calls = 0
+
+    def __init__(self, params: Any, place: str) -> None:
+        super().__init__(params)
+        self.place, self.counter = place, Counter()
+        self.namespace = types.SimpleNamespace(count=0)
+        self.closure = _closure()
+
+    def factor(self, group: dict[str, Any]) -> Any:
+        if self.place == "a subclass of dict":
+            self.counter["step"] += 1
+            return 1.0 / self.counter["step"]
+        if self.place == "a namespace":
+            self.namespace.count += 1
+            return 1.0 / self.namespace.count
+        if self.place == "a closure":
+            return 1.0 / self.closure()
+        if self.place == "the class":
+            type(self).calls += 1
+            return 1.0 / type(self).calls
+        COUNT[0] += 1
+        return 1.0 / COUNT[0]
+
+
+@pytest.mark.parametrize(
+    "place", ["a subclass of dict", "a namespace", "a closure", "the class", "a global"]
+)
+def test_a_counter_that_no_step_hands_on_is_refused(place: str) -> None:
+    model, opt, batches, val = problem(functools.partial(Elsewhere, place=place))
+    with pytest.raises(unrollc.CaptureError, match="the step changes Python values"):
         unrollc.compile(model, opt, F.cross_entropy).lower(batches, val)
 
 

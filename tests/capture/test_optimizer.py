@@ -1,4 +1,7 @@
-"""The captured update is the optimizer's own, and its hyperparameters keep their gradient."""
+"""Capturing a step leaves Python's functions alone, and what a fill takes keeps its gradient.
+
+What is captured is held against the real optimizers in `tests/optimizers/`.
+"""
 
 import math
 from collections.abc import Callable
@@ -12,7 +15,6 @@ from torch.nn import functional as F
 
 import unrollc
 from tests.oracles import cases, finite, ordinary
-from tests.oracles.compare import assert_close, flattened
 from tests.oracles.models import MLP
 from tests.oracles.objectives import unstack
 
@@ -20,108 +22,6 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 T = 5
 SHAPE = (5, 4)
-
-#: Optimizers with values at which every hyperparameter named takes part, away from kinks.
-OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
-    "nadam": (
-        torch.optim.NAdam,
-        {"lr": 0.05, "betas": (0.8, 0.95), "eps": 1e-2, "momentum_decay": 0.3},
-    ),
-    "nadam decoupled": (
-        torch.optim.NAdam,
-        {"lr": 0.05, "eps": 1e-2, "weight_decay": 0.1, "decoupled_weight_decay": True},
-    ),
-    "asgd": (torch.optim.ASGD, {"lr": 0.2, "lambd": 0.1, "alpha": 0.6, "weight_decay": 0.05}),
-    "asgd averaging": (torch.optim.ASGD, {"lr": 0.2, "lambd": 0.1, "alpha": 0.6, "t0": 1.5}),
-    "rprop": (torch.optim.Rprop, {"lr": 0.03, "etas": (0.4, 1.3), "step_sizes": (0.02, 50)}),
-    "adafactor": (
-        torch.optim.Adafactor,
-        {"lr": 0.1, "beta2_decay": -0.7, "weight_decay": 0.1, "d": 1.02, "eps": (1e-4, 1e-3)},
-    ),
-    "adafactor, small weights": (torch.optim.Adafactor, {"lr": 0.1, "d": 1.7, "eps": (None, 2.0)}),
-    "adafactor, relative steps": (torch.optim.Adafactor, {"lr": 3.0, "d": 1.02}),
-}
-
-
-def as_tensors(group: dict[str, Any]) -> dict[str, Tensor]:
-    """Put a tensor in the place of every float of a param group; they come back by label."""
-    found: dict[str, Tensor] = {}
-
-    def tensor(label: str, value: Any) -> Any:
-        if type(value) is not float:
-            return value
-        found[label] = torch.tensor(value, requires_grad=True)
-        return found[label]
-
-    for key, value in list(group.items()):
-        label = f'param_groups[0]["{key}"]'
-        if isinstance(value, tuple):
-            group[key] = tuple(tensor(f"{label}[{i}]", item) for i, item in enumerate(value))
-        elif key != "params":
-            group[key] = tensor(label, value)
-    return found
-
-
-class Problem:
-    """A small net trained by one of the optimizers, every float hyperparameter a tensor."""
-
-    def __init__(self, name: str) -> None:
-        kind, options = OPTIMIZERS[name]
-        self.model = MLP()
-        self.opt = kind(self.model.parameters(), **options)
-        self.hyper = as_tensors(self.opt.param_groups[0])
-        self.train = cases.batches(SHAPE, T, seed=1)
-        inputs, target = cases.batches(SHAPE, 1, seed=2)
-        self.val = (inputs[0], target[0])
-
-    def trained(self) -> ordinary.Trained:
-        return ordinary.train(self.model, self.opt, F.cross_entropy, unstack(self.train), self.val)
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_the_captured_update_is_the_optimizers_own(name: str) -> None:
-    problem = Problem(name)
-    trained = problem.trained()
-    program = unrollc.compile(problem.model, problem.opt, F.cross_entropy, meta=["hidden.weight"])
-    with torch.no_grad():
-        result = program(problem.train, problem.val)
-    assert_close(result.params, trained.params, rtol=1e-12)
-    assert_close(flattened(result.opt_state), flattened(trained.opt_state), rtol=1e-12)
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_hyperparameters_equal_finite_differences(name: str) -> None:
-    problem = Problem(name)
-    verdicts = unrollc.check(
-        problem.model, problem.opt, F.cross_entropy, problem.train, problem.val
-    )
-    assert not [v.label for v in verdicts if v.status == "undefined"]
-    meta = {k: t for k, t in problem.hyper.items() if verdicts[k].status == "exists"}
-    assert meta
-    program = unrollc.compile(problem.model, problem.opt, F.cross_entropy, meta=list(meta.values()))
-    result = program(problem.train, problem.val)
-    found = torch.autograd.grad(result.loss, list(meta.values()))
-    for (label, tensor), gradient in zip(meta.items(), found, strict=True):
-        scale = max(tensor.abs().item(), 0.1)
-        try:
-            finite.assert_gradient(
-                lambda: problem.trained().loss,
-                tensor,
-                gradient,
-                directions=1,
-                step=1e-2 * scale,
-            )
-        except AssertionError as error:
-            raise AssertionError(f"{label}: {error}") from error
-    silent = {k: t for k, t in problem.hyper.items() if verdicts[k].status == "zero"}
-    for label, tensor in silent.items():
-        start = problem.trained().loss
-        with finite.moved(tensor, 1e-4 * tensor.detach()):
-            assert problem.trained().loss == start, label
-
-
-# --- what capturing does to torch.optim -------------------------------------------------------
-
 
 REAL = torch.tensor(3.0)
 PLAIN = {"max": max, "min": min, "sqrt": math.sqrt}
@@ -201,7 +101,7 @@ def test_a_fill_keeps_the_gradient(fill: Callable[[Tensor, Any], Tensor]) -> Non
     """The rate lives in the state from the first step on."""
     model = MLP()
     opt = type("Filling", (Filling,), {"fill": staticmethod(fill)})(model.parameters())
-    lr = as_tensors(opt.param_groups[0])['param_groups[0]["lr"]']
+    lr = opt.param_groups[0]["lr"] = torch.tensor(0.1, requires_grad=True)
     batch = unstack(cases.batches(SHAPE, 1, seed=1))[0]
     program = unrollc.compile(model, opt, F.cross_entropy, meta=[lr])
     (gradient,) = torch.autograd.grad(program([batch] * 3, batch).loss, [lr])
@@ -211,3 +111,64 @@ def test_a_fill_keeps_the_gradient(fill: Callable[[Tensor, Any], Tensor]) -> Non
         gradient,
         directions=1,
     )
+
+
+class Reassigned(torch.optim.Optimizer):
+    """Gives its parameters new data, as much code from before ``no_grad`` does."""
+
+    def __init__(self, params: Any, lr: Any = 0.1) -> None:
+        super().__init__(params, {"lr": lr})
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for param in group["params"]:
+                state, old = self.state[param], param.data
+                param.data = old - group["lr"] * param.grad.data
+                if "before" in state:  # of the step before: `old` keeps its memory
+                    param.data = param.data + 0.5 * (old - state["before"])
+                state["before"] = old
+
+
+def test_new_data_of_a_parameter() -> None:
+    model = MLP()
+    lr = torch.tensor(0.1, requires_grad=True)
+    opt = Reassigned(model.parameters())
+    opt.param_groups[0]["lr"] = lr
+    train = cases.batches(SHAPE, 3, seed=1)
+    val = unstack(cases.batches(SHAPE, 1, seed=2))[0]
+
+    def trained() -> ordinary.Trained:
+        return ordinary.train(model, opt, F.cross_entropy, unstack(train), val)
+
+    result = unrollc.compile(model, opt, F.cross_entropy)(train, val)
+    assert_close(result.params, trained().params, rtol=1e-12)
+    leaves = [lr, next(model.parameters())]
+    found = torch.autograd.grad(result.loss, leaves)
+    for leaf, gradient in zip(leaves, found, strict=True):
+        finite.assert_gradient(lambda: trained().loss, leaf.data, gradient, directions=1)
+
+
+class Aliased(Reassigned):
+    """Keeps no copy of a parameter: what it keeps moves with the parameter."""
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for param in group["params"]:
+                state = self.state[param]
+                if not state:
+                    state["first"] = param.data
+                param.data.add_(0.1 * (state["first"] - param.data) - group["lr"] * param.grad.data)
+
+
+def test_state_in_the_memory_of_a_parameter_is_refused() -> None:
+    model = MLP()
+    opt = Aliased(model.parameters())
+    program = unrollc.compile(model, opt, F.cross_entropy)
+    data = cases.batches(SHAPE, 3, seed=1), unstack(cases.batches(SHAPE, 1, seed=2))[0]
+    with pytest.raises(unrollc.CaptureError, match=r'\["first"\].*in one memory'):
+        program.lower(*data)
+    for param in model.parameters():
+        param.grad = torch.zeros_like(param)
+    opt.step()
+    with pytest.raises(unrollc.InputError, match=r'\["first"\].*in one memory'):
+        program.lower(*data)

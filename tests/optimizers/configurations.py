@@ -79,7 +79,11 @@ class Setting:
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(4, 3, bias=not matrices), nn.Tanh())
         self.model.to(device, torch.float64)
-        self.opt = configuration.kind(self.model.parameters(), **configuration.arguments)
+        arguments = {  # tensors of float32 would be rounded where numbers are not
+            key: value.double() if isinstance(value, Tensor) else value
+            for key, value in configuration.arguments.items()
+        }
+        self.opt = configuration.kind(self.model.parameters(), **arguments)
         steps, generator = configuration.steps, torch.Generator().manual_seed(1)
         drawn = [
             torch.randn(*size, generator=generator, dtype=torch.float64).to(device)

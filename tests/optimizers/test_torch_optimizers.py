@@ -70,7 +70,7 @@ for each in CONFIGURATIONS.values():
 
 @pytest.mark.parametrize("name", RICHEST)
 def test_every_hyperparameter_may_have_a_value_a_step(name: str) -> None:
-    """One value a step, five equal ones: their gradients add up to that of the one value."""
+    """One value a step, all equal: their gradients add up to that of the one value."""
     with exact_casts(RICHEST[name]):
         single, several = Setting(RICHEST[name]), Setting(RICHEST[name])
         labels = ROWS[RICHEST[name].name][2].split(", ")[1:]
@@ -84,7 +84,8 @@ def test_every_hyperparameter_may_have_a_value_a_step(name: str) -> None:
         def per_step(label: str, value: Any) -> Any:
             if label not in one:
                 return value
-            found[label] = torch.full((5,), one[label].item(), requires_grad=True)
+            size = (RICHEST[name].steps,)
+            found[label] = torch.full(size, one[label].item(), requires_grad=True)
             return unrollc.PerStep(found[label])
 
         for key, value in list(group.items()):

@@ -112,8 +112,11 @@ class Case:
     def by_dependence(self) -> Requirements:
         """The verdicts without differentiating the captured graphs."""
         program = self.compile()
-        read = program._read(self.instance.train, self.instance.val)
-        return lowering.capture(program._problem, program._options, *read).requirements
+        given = program._read(self.instance.train, self.instance.val)
+        captured = lowering.capture(
+            given.problem, program._options, given.stock, given.train, given.val
+        )
+        return captured.requirements
 
     def judge(self, *, runs: bool) -> None:
         """Raise `UnsoundError` if a verdict is wrong.

@@ -21,6 +21,10 @@ class Settings:
     factor = 1.0
 
 
+class Record:
+    shift = 0.0
+
+
 class Configured(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -30,21 +34,29 @@ class Configured(nn.Module):
         self.widths = [1.0, 2.0]
         self.settings = Settings()
         self.options = SimpleNamespace(factor=1.0)
+        self.record = Record()
         self.shift = torch.tensor(0.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        factor = self.config["factor"] * self.widths[0]
-        factor *= self.settings.factor * self.options.factor
-        return self.act(self.linear(x)) * factor + self.shift
+        return (
+            self.act(self.linear(x))
+            * self.config["factor"]
+            * self.widths[0]
+            * self.settings.factor
+            * self.options.factor
+            + self.record.shift
+            + self.shift
+        )
 
 
 class Scaled(torch.optim.SGD):
-    scale = 1.0
+    scale = rate = 1.0
 
     def step(self, closure=None):
         for group in self.param_groups:
             for parameter in group["params"]:
-                parameter.sub_(parameter.grad * (group["lr"] * self.scale))
+                gradient = group["transform"](parameter.grad)
+                parameter.sub_(gradient * (group["lr"] * self.scale * self.rate))
 
 
 class CallableLoss:
@@ -63,6 +75,10 @@ def change_global(setting) -> None:
     FACTOR = 2.0
 
 
+def change_class(setting) -> None:
+    Scaled.rate *= 2.0
+
+
 def of_global(prediction: Tensor, target: Tensor) -> Tensor:
     return FACTOR * F.cross_entropy(prediction, target)
 
@@ -71,6 +87,8 @@ class Setting:
     def __init__(self) -> None:
         self.model, self.loss, self.box = Configured(), CallableLoss(), {"factor": 1.0}
         self.opt = Scaled(self.model.parameters(), lr=0.3)
+        powers = self.powers = [1.0]
+        self.opt.param_groups[0]["transform"] = lambda gradient: gradient * powers[0]
         self.train = cases.batches((5, 4), 3, seed=1)
         self.val = unstack(self.train)[0]
 
@@ -84,12 +102,15 @@ def replace_hook(setting: Setting) -> None:
 CHANGES = {
     "a function attribute": lambda s: setattr(s.model, "act", torch.sin),
     "an entry of a dictionary": lambda s: s.model.config.update(factor=2.0),
-    "an attribute of an object": lambda s: setattr(s.model.settings, "factor", 2.0),
+    "a factor of an object": lambda s: setattr(s.model.settings, "factor", 2.0),
     "an entry of a namespace": lambda s: setattr(s.model.options, "factor", 2.0),
     "an item of a list": lambda s: s.model.widths.__setitem__(0, 2.0),
     "forward on the instance": lambda s: setattr(s.model, "forward", lambda x: s.model.linear(x)),
     "a tensor attribute": lambda s: setattr(s.model, "shift", torch.ones(3).cumsum(0)),
     "an attribute of the optimizer": lambda s: setattr(s.opt, "scale", 3.0),
+    "an attribute of an object": lambda s: setattr(s.model.record, "shift", torch.pi),
+    "what a function in a param group reads": lambda s: s.powers.__setitem__(0, 2.0),
+    "an attribute of the optimizer's class": change_class,
     "an attribute of the loss": lambda s: setattr(s.loss, "factor", 2.0),
     "a dictionary in a closure": lambda s: s.box.update(factor=2.0),
     "a global": change_global,

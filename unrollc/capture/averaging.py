@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from unrollc.capture.fingerprint import unchanged
 from unrollc.capture.foreach import ForeachAsLoops
+from unrollc.capture.gradients import unchanged
 from unrollc.capture.model import in_place_of_users, swapped
 from unrollc.capture.numbers import numbers_stay_tensors
 from unrollc.capture.outside import NoOutsideWrites

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import types
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 import torch
@@ -19,7 +18,6 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from unrollc.capture.problem import Objective, Problem
 from unrollc.capture.trees import attributes_of, is_plain_object
-from unrollc.errors import CaptureError
 
 _CONTAINERS = (tuple, list, set, frozenset, deque, dict)
 _SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
@@ -27,6 +25,8 @@ _SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch
 #: Containers and nested functions are followed to this depth, and up to this many items.
 _DEPTH = 4
 _ITEMS = 64
+
+_LIBRARIES = ("torch", "unrollc", "builtins")
 
 #: Attributes of a module that are keyed elsewhere or that PyTorch itself maintains.
 MODULE_PARTS = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
@@ -80,13 +80,18 @@ class Fingerprint:
         pinned: The objects that count by identity.
     """
 
-    def __init__(self, known: Collection[nn.Module] = ()) -> None:
+    def __init__(self, known: Iterable[nn.Module] = ()) -> None:
         self.pinned: list[Any] = []
-        self._known: dict[int, str] = {id(module): "carried" for module in known}
+        self._known = {id(module): f"module {index}" for index, module in enumerate(known)}
         self._objects: dict[tuple[int, int], Any] = {}
 
-    def of_problem(self, problem: Problem) -> tuple[Any, ...]:
-        """Module attributes, modes and hooks, optimizer attributes, and what losses refer to."""
+    def of_problem(self, problem: Problem, moving: Set[str] = frozenset()) -> tuple[Any, ...]:
+        """Module attributes, modes and hooks, optimizer attributes, and what losses refer to.
+
+        Args:
+            problem: The user's objects.
+            moving: Labels of numbers of the optimizer that are inputs of programs.
+        """
         parts: list[Any] = []
         self._known = {id(module): prefix for prefix, module in problem.modules.items()}
         for prefix, module in problem.modules.items():
@@ -94,8 +99,17 @@ class Fingerprint:
             for name, parameter in module.named_parameters():
                 if parameter._backward_hooks:
                     parts.append((prefix + name, self.of(dict(parameter._backward_hooks))))
-        own = {k: v for k, v in vars(problem.opt).items() if k not in _OPTIMIZER_PARTS}
+        moved = {label.removeprefix("optimizer.") for label in moving}
+        own = {
+            key: value
+            for key, value in vars(problem.opt).items()
+            if key not in _OPTIMIZER_PARTS | moved
+        }
         parts.append((type(problem.opt), self.of(own)))
+        parts += [self.of(value) for value in class_values(type(problem.opt))]
+        for group in problem.opt.param_groups:
+            functions = {k: v for k, v in group.items() if callable(v) and k != "params"}
+            parts.append(self.of({k: v for k, v in functions.items() if not _is_tensor(v)}))
         for loss in (problem.loss, problem.val_loss):
             parts.append(self.of(loss.fn if isinstance(loss, Objective) else loss))
         parts.append(self.of(problem.grad_transform))
@@ -136,6 +150,12 @@ class Fingerprint:
             return self._function(value, depth)
         if depth and has_attributes(value):
             return self._object(value, depth)
+        if (
+            not isinstance(value, Tensor)
+            and getattr(value, "nbytes", _ITEMS + 1) <= _ITEMS
+            and hasattr(value, "tobytes")
+        ):
+            return (self._identity(value), value.tobytes())  # a small array of NumPy's
         return self._identity(value)
 
     def _object(self, value: Any, depth: int) -> Any:
@@ -155,7 +175,7 @@ class Fingerprint:
         rows = []
         for name, child in root.named_modules():
             own = {k: v for k, v in vars(child).items() if k not in MODULE_PARTS}
-            rows.append((name, type(child), self.of(own, depth - 1)))
+            rows.append((name, type(child), self.of(own, max(depth - 1, 1))))
         return tuple(rows)
 
     def _owner(self, method: types.MethodType, depth: int) -> Any:
@@ -168,13 +188,19 @@ class Fingerprint:
         code = function.__code__
         if not depth or _is_library(function):
             return self._identity(function)
-        cells = [self.of(value, depth - 1) for value in _closure(function)]
+        cells = []
+        for cell in function.__closure__ or ():
+            try:
+                cells.append(self.of(cell.cell_contents, depth - 1))
+            except ValueError:  # not bound yet
+                cells.append(None)
         named = [
             (name, self.of(function.__globals__[name], depth - 1))
             for name in code.co_names
             if name in function.__globals__
         ]
-        defaults = self.of((function.__defaults__, function.__kwdefaults__), depth - 1)
+        given = (function.__defaults__, function.__kwdefaults__)
+        defaults = tuple(self.of(part, depth - 1) for part in given)
         return ("function", self._identity(code), tuple(cells), tuple(named), defaults)
 
     def _identity(self, value: Any) -> Any:
@@ -182,46 +208,16 @@ class Fingerprint:
         return ("object", id(value))
 
 
+def class_values(kind: type) -> list[Any]:
+    """What the classes of an optimizer, PyTorch's own left out, hold besides functions."""
+    own = [base for base in kind.__mro__ if base.__module__.split(".")[0] not in _LIBRARIES]
+    attributes = [item for base in own for item in vars(base).items()]
+    return [value for name, value in attributes if name[:2] != "__" and not callable(value)]
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor | nn.Module)
+
+
 def _is_library(code: types.FunctionType | type) -> bool:
-    return (code.__module__ or "").split(".")[0] in ("torch", "unrollc")
-
-
-@contextlib.contextmanager
-def unchanged(code: Any, what: str, carried: Collection[nn.Module] = ()) -> Iterator[None]:
-    """Refuse code that changes Python values which it reads again at the next step.
-
-    Args:
-        code: A function or a module.
-        what: What the user calls it.
-        carried: Modules whose attributes go from step to step and may change.
-    """
-    known = {id(module) for module in carried}
-    parts = [part for part in (code, *_modules_behind(code)) if id(part) not in known]
-    before = Fingerprint(carried)
-    described = [before.of_code(part) for part in parts]
-    yield
-    after = Fingerprint(carried)
-    if [after.of_code(part) for part in parts] != described:
-        raise CaptureError(
-            f"{what} changes Python values that it refers to",
-            why="it runs once, when a step is captured, and not at every inner step: a counter or "
-            "a list would not grow",
-            remedy="keep what changes from step to step in a tensor: a buffer of an nn.Module",
-        )
-
-
-def _closure(function: types.FunctionType) -> list[Any]:
-    """The values of a function's closure that are bound."""
-    found = []
-    for cell in function.__closure__ or ():
-        with contextlib.suppress(ValueError):  # not bound yet
-            found.append(cell.cell_contents)
-    return found
-
-
-def _modules_behind(code: Any) -> list[nn.Module]:
-    """Modules that a function reaches by its closure or as globals."""
-    if not isinstance(code, types.FunctionType):
-        return []
-    values = [*_closure(code), *(code.__globals__.get(name) for name in code.__code__.co_names)]
-    return [value for value in values if isinstance(value, nn.Module)]
+    return (code.__module__ or "").split(".")[0] in _LIBRARIES

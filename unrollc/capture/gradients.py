@@ -7,17 +7,23 @@ transform followed by the optimizer.
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+import contextlib
+import types
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
-from unrollc.capture.fingerprint import unchanged
+import torch
+from torch import Tensor, nn
+
+from unrollc.capture.fingerprint import Fingerprint
 from unrollc.capture.foreach import ForeachAsLoops
 from unrollc.capture.model import in_place_of_users
 from unrollc.capture.numbers import numbers_stay_tensors
 from unrollc.capture.outside import NoOutsideWrites
-from unrollc.capture.problem import Problem, Stock
+from unrollc.capture.problem import Objective, Problem, Stock
 from unrollc.capture.record import Recorder
 from unrollc.capture.scalars import ScalarSlots
+from unrollc.errors import CaptureError
 
 
 def run_user_transform(
@@ -60,3 +66,58 @@ def run_user_transform(
     ):
         problem.grad_transform(handed)
     return {label: gradient for label in held if (gradient := tensors[label].grad) is not None}
+
+
+@contextlib.contextmanager
+def unchanged(code: Any, what: str) -> Iterator[None]:
+    """Refuse code that changes Python values which it reads again at the next step."""
+
+    def parts() -> list[Any]:
+        return [code, *_modules_behind(code)]
+
+    with steady(parts, what, "a tensor: a buffer of an nn.Module"):
+        yield
+
+
+@contextlib.contextmanager
+def steady(
+    parts: Callable[[], Sequence[Any]], what: str, place: str, known: Sequence[nn.Module] = ()
+) -> Iterator[None]:
+    """Refuse a change of values that no step hands to the next.
+
+    Args:
+        parts: Returns the code, and values that it reads.
+        what: The code's name.
+        place: Where such values belong.
+        known: Modules whose attributes are carried from step to step.
+    """
+    before = Fingerprint(known)
+    described = [before.of_code(part) for part in parts()]
+    yield
+    after = Fingerprint(known)
+    if [after.of_code(part) for part in parts()] != described:
+        raise CaptureError(
+            f"{what} changes Python values that it refers to",
+            why="it runs once, when a step is captured, and not at every inner step: a counter or "
+            "a list would not grow",
+            remedy=f"keep what changes from step to step in {place}",
+        )
+
+
+@contextlib.contextmanager
+def steady_loss(problem: Problem) -> Iterator[None]:
+    """Refuse a loss that changes Python values; the attributes of modules are carried."""
+    loss = problem.loss.fn if isinstance(problem.loss, Objective) else problem.loss
+    known = [child for module in problem.modules.values() for child in module.modules()]
+    parts = [] if isinstance(loss, nn.Module) else [loss]
+    with steady(lambda: parts, "the loss", "a buffer or an attribute of the model", known):
+        yield
+
+
+def _modules_behind(code: Any) -> list[nn.Module]:
+    """Modules that a function reaches by its closure or as globals."""
+    if not isinstance(code, types.FunctionType):
+        return []
+    values = [cell.cell_contents for cell in code.__closure__ or ()]
+    values += [code.__globals__.get(name) for name in code.__code__.co_names]
+    return [value for value in values if isinstance(value, nn.Module)]

@@ -36,6 +36,7 @@ class Layout:
 
     Attributes:
         state: For each entry of the optimizer's state its owner's label and its tree.
+        members: For each param group the labels of its parameters.
         groups: For each param group its entries but the parameters, sorted by key.
         attributes: The optimizer's other attributes.
         numbers: The plain numbers among all of these, by label.
@@ -44,6 +45,7 @@ class Layout:
     """
 
     state: tuple[tuple[Any, Any], ...]
+    members: tuple[tuple[str | None, ...], ...]
     groups: tuple[tuple[tuple[str, Any], ...], ...]
     attributes: tuple[tuple[str, Any], ...]
     numbers: Mapping[str, int | float] = field(compare=False, repr=False)
@@ -112,7 +114,7 @@ def read_layout(
     known[id(opt.param_groups)] = "groups"
     known.update((id(group), f"group {i}") for i, group in enumerate(opt.param_groups))
     flags = manner.flags
-    state = []
+    state: list[tuple[Any, Any]] = []
     for key, value in opt.state.items():
         owner = owners.get(id(key), "" if isinstance(key, Tensor) else key)
         tree = flatten(value, f'state["{owner}"]', reader.leaf, owners, known, flags)
@@ -138,7 +140,8 @@ def read_layout(
         for name, value in (vars(opt) | {k: v for k, v in flags.items() if k in vars(opt)}).items()
         if name not in ("state", "param_groups", "step")
     ]
-    trees = tuple(state), tuple(groups), tuple(attributes)
+    members = tuple(tuple(owners.get(id(p)) for p in g["params"]) for g in opt.param_groups)
+    trees = tuple(state), members, tuple(groups), tuple(attributes)
     layout = Layout(*trees, reader.numbers, tuple(reader.tensors), tuple(reader.traced))
     return layout, reader.tensors
 

@@ -25,7 +25,7 @@ from unrollc.capture.model import captured
 from unrollc.capture.naming import Names
 from unrollc.capture.one_step import Kind, Shared, Start, StepRecording
 from unrollc.capture.problem import PerStep, Problem, Stock, read_again
-from unrollc.capture.zero_branch import through_zero_branch
+from unrollc.capture.zero_branch import same_start, through_zero_branch
 from unrollc.errors import CaptureError, InputError
 from unrollc.step import Role, StepGraph
 
@@ -177,12 +177,41 @@ def _capture_in(
 ) -> Loop:
     """The loop with the optimizer captured in this manner and, where its steps change plain
     numbers, with these as tensors."""
+    plain: StepGraph | None = None
     while True:
         stock = read_again(problem, stock, manner)
         found = _capture_with(problem, stock, train, requested, Shared(extra, names, [], manner))
         if isinstance(found, Loop):
+            if plain is not None:
+                _check_same_start(plain, found, stock, train)
             return found
-        manner = replace(manner, moving=manner.moving | found)
+        plain = plain or found.first
+        manner = replace(manner, moving=manner.moving | found.labels)
+
+
+@dataclass(frozen=True)
+class Moving:
+    """Plain numbers that turned out to change from step to step.
+
+    Attributes:
+        labels: Their labels.
+        first: The first step, captured with them as numbers.
+    """
+
+    labels: frozenset[str]
+    first: StepGraph
+
+
+def _check_same_start(plain: StepGraph, loop: Loop, stock: Stock, train: Batches) -> None:
+    """Refuse code that does something else where a number has become a tensor."""
+    if not same_start(plain, loop.steps[loop.sequence[0]], stock, train.at(0)):
+        names = ", ".join(sorted(loop.manner.moving))
+        raise CaptureError(
+            f"the optimizer computes something else where its number is a tensor: {names}",
+            why="a number that changes from step to step is a tensor while the step is captured, "
+            "and code that asks for its type (isinstance(x, int)) takes another branch",
+            remedy="keep the number as a tensor in optimizer.state",
+        )
 
 
 def _capture_with(
@@ -191,8 +220,8 @@ def _capture_with(
     train: Batches,
     requested: frozenset[str],
     shared: Shared,
-) -> Loop | frozenset[str]:
-    """The loop, or the labels of plain numbers that turned out to change from step to step.
+) -> Loop | Moving:
+    """The loop, or the plain numbers that turned out to change from step to step.
 
     With each value of such a number a step would be another one, so capture starts again with
     these numbers as tensors.
@@ -220,7 +249,7 @@ def _capture_with(
             record = functools.partial(_record, recording, train, step, concrete)
             graph, kind = through_zero_branch(record, requested, stock, train.at(step))
             if found := changed_numbers(kind.before, kind.after):
-                return found
+                return Moving(found, raw[kinds[0].graph] if kinds else graph)
             kinds.append(replace(kind, graph=_numbered(raw, graph), batch=batch))
             chosen = len(kinds) - 1
         kind = kinds[chosen]

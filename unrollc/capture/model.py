@@ -23,7 +23,6 @@ from torch.overrides import TorchFunctionMode
 from unrollc.capture.attributes import Attributes, Carried, Fresh, attributes_carried
 from unrollc.capture.batches import as_arguments
 from unrollc.capture.equivalents import equivalent
-from unrollc.capture.fingerprint import unchanged
 from unrollc.capture.functions import declared_functions
 from unrollc.capture.nests import map_tensors
 from unrollc.capture.problem import Loss, Objective, Problem, Stock
@@ -205,10 +204,6 @@ def run_user_loss(
             entered.enter_context(_compile_session_context())
         # For torch.autograd.grad by a tensor that the loss marks with requires_grad_().
         entered.enter_context(enable_inplace_requires_grad(True))
-        if not isinstance(loss, nn.Module):
-            code = loss.fn if isinstance(loss, Objective) else loss
-            carried = [m for root in problem.modules.values() for m in root.modules()]
-            entered.enter_context(unchanged(code, f"the loss {_name_of(problem, loss)}", carried))
         recorder.phase = Phase.FORWARD
         if isinstance(loss, Objective):
             value = loss.fn(problem.model, batch)

@@ -47,7 +47,7 @@ def networks_of(opt: torch.optim.Optimizer, prefix: str) -> dict[str, nn.Module]
         for key, value in group.items():
             if key != "params":
                 found |= _modules_in(value, f'param_groups[{index}]["{key}"]')
-    for key, value in _variables(type(opt)).items():
+    for key, value in variables_of(type(opt)).items():
         if key not in named:
             found |= _modules_in(value, f"{prefix}.{key}")
     return {f"{label}.": module for label, module in found.items()}
@@ -65,7 +65,7 @@ def _modules_in(value: Any, label: str) -> dict[str, nn.Module]:
     return {f"{label}.{key}": item for key, item in items if isinstance(item, nn.Module)}
 
 
-def _variables(kind: type) -> dict[str, Any]:
+def variables_of(kind: type) -> dict[str, Any]:
     """The closure and global variables that the methods of an optimizer's class read."""
     found: dict[str, Any] = {}
     for base in kind.__mro__:

@@ -85,6 +85,10 @@ class _Numbers(TorchFunctionMode):
         """Whether a tensor stands for a Python number."""
         return id(tensor) in self._numbers
 
+    def is_own(self, tensor: Tensor) -> bool:
+        """Whether no tensor hyperparameter of the user's had a part in a number."""
+        return id(tensor) not in self._typed
+
     def _as_narrow(self, name: str, args: Any, kwargs: Any) -> Any:
         """Numbers in the dtype of the 0-dim tensors that they meet, which a Python number takes.
 
@@ -205,6 +209,27 @@ def _hash(tensor: Tensor) -> int:
     return id(tensor)
 
 
+def _text(tensor: Tensor) -> str:
+    """A traced number reads as the number that it stands for, which becomes a guard."""
+    return str(_shown(tensor)) if _is_shown(tensor) else _PLAIN_TEXT(tensor)
+
+
+def _formatted(tensor: Tensor, form: str) -> str:
+    return format(_shown(tensor), form) if _is_shown(tensor) else _PLAIN_FORMAT(tensor, form)
+
+
+def _is_shown(tensor: Tensor) -> bool:
+    """Whether the text of a number is to be its value: a counter's, which may name an entry."""
+    capture = _capture()
+    counts = capture is not None and capture.is_number(tensor) and capture.is_own(tensor)
+    return counts and capture is not None and capture.recorder.is_known(tensor)
+
+
+def _shown(tensor: Tensor) -> int | float:
+    number = float(tensor)
+    return int(number) if number.is_integer() else number
+
+
 def _power(base: Any, exponent: Any) -> Any:
     return base**exponent
 
@@ -226,6 +251,9 @@ def _with_tensors(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     return of_two
 
+
+_PLAIN_TEXT: Any = FunctionalTensor.__repr__
+_PLAIN_FORMAT: Any = FunctionalTensor.__format__
 
 #: Functions of `math` and what computes them on tensors.
 _MATH: dict[str, Callable[..., Any]] = {
@@ -260,5 +288,7 @@ _PATCHES = (
     _Patch(builtins, "max", _extreme(max, torch.maximum)),
     _Patch(builtins, "min", _extreme(min, torch.minimum)),
     _Patch(FunctionalTensor, "__hash__", _hash),
+    _Patch(FunctionalTensor, "__repr__", _text),
+    _Patch(FunctionalTensor, "__format__", _formatted),
 )
 _ORIGINALS = tuple((p.owner, p.name, getattr(p.owner, p.name)) for p in _PATCHES)

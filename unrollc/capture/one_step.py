@@ -20,7 +20,7 @@ from unrollc.capture.attributes import Attributes, Carried
 from unrollc.capture.averaging import run_user_average
 from unrollc.capture.batches import Batches
 from unrollc.capture.fingerprint import step_hooks_of
-from unrollc.capture.gradients import run_user_transform
+from unrollc.capture.gradients import run_user_transform, steady_loss
 from unrollc.capture.layout import Layout, Manner
 from unrollc.capture.model import (
     capturing,
@@ -283,9 +283,10 @@ class StepRecording:
         def batch(wrapped: Mapping[str, Tensor]) -> Any:
             return pytree.tree_unflatten([wrapped[label] for label in train.labels], train.spec)
 
-        gradients, extra_gradients, loss, after = inner_gradient(
-            self.problem, stock, recorder, theta, extra, rest, batch
-        )
+        with steady_loss(self.problem):
+            gradients, extra_gradients, loss, after = inner_gradient(
+                self.problem, stock, recorder, theta, extra, rest, batch
+            )
         reached = {k: g for k, g in gradients.items() if not self._is_filled(g)}
         # Each gradient gets a node of its own: a step may change p.grad in place, and several
         # gradients may be views of one tensor.

@@ -7,18 +7,26 @@ makes pure.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.functional_tensor import FunctionalTensor
 
+from unrollc.capture.fingerprint import class_values
 from unrollc.capture.foreach import ForeachAsLoops
+from unrollc.capture.gradients import steady
 from unrollc.capture.layout import Layout, Manner, build_twin, read_layout
 from unrollc.capture.model import explained
+from unrollc.capture.networks import variables_of
 from unrollc.capture.numbers import numbers_stay_tensors
 from unrollc.capture.record import Recorder
 from unrollc.capture.scalars import ScalarSlots
+from unrollc.capture.sharing import sharing
+from unrollc.capture.trees import opaque_in
 from unrollc.errors import CaptureError
 
 
@@ -67,7 +75,8 @@ def run_user_update(
     ):
         nodes = {label: recorder.node_of(tensor) for label, tensor in own.items()}
         try:
-            with explained("the inner step"):
+            beside = functools.partial(_beside, opt, layout)
+            with explained("the inner step"), steady(beside, "the step", _PLACE):
                 type(opt).step(twin)
         except CaptureError as error:
             error.in_update = True
@@ -79,7 +88,30 @@ def run_user_update(
                     why="a hyperparameter is the same at every inner step",
                     remedy="keep what changes in optimizer.state, or give unrollc.PerStep",
                 )
-    return read_layout(twin, traced_owners, manner, own, is_number)
+    layout, state = read_layout(twin, traced_owners, manner, own, is_number)
+    left = {**{label: tensors[label] for label in traced_owners.values()}, **state}
+    if pair := sharing({k: t for k, t in left.items() if isinstance(t, FunctionalTensor)}):
+        raise CaptureError(
+            f"the step leaves {pair[0]} and {pair[1]} in one memory",
+            why="a later step that writes to one of them would write to both, and the inner loop "
+            "carries each as a tensor of its own",
+            remedy="keep a copy: tensor.clone()",
+        )
+    return layout, state
+
+
+#: Where an optimizer's values are carried from step to step.
+_PLACE = (
+    "optimizer.state, a param group or an attribute: as a tensor, a number, a list, a dictionary "
+    "or an object with attributes"
+)
+
+
+def _beside(opt: torch.optim.Optimizer, layout: Layout) -> list[Any]:
+    """What a step may read that the layout does not take apart."""
+    read = [*variables_of(type(opt)).values(), *opaque_in(layout.state)]
+    read += [*opaque_in(layout.groups), *opaque_in(layout.attributes)]
+    return [*class_values(type(opt)), *(v for v in read if not isinstance(v, Tensor | nn.Module))]
 
 
 def _check_step(opt: torch.optim.Optimizer) -> None:

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from unrollc.capture.layout import Layout, Manner, hyper_label, read_layout
 from unrollc.capture.networks import networks_of
+from unrollc.capture.sharing import sharing
 from unrollc.errors import InputError
 
 
@@ -184,7 +185,18 @@ def take_stock(problem: Problem) -> Stock:
         average = {problem.average_prefix + name: tensor for name, tensor in held}
     hyper = read_hyper(problem.opt)
     layout, opt_state = read_layout(problem.opt, owners, Manner())
+    if pair := sharing({**theta, **opt_state}):
+        raise _shared(*pair)
     return Stock(theta, context, buffers, hyper, opt_state, layout, owners, average)
+
+
+def _shared(first: str, second: str) -> InputError:
+    return InputError(
+        f"{first} and {second} lie in one memory",
+        why="a step that writes to one of them writes to both, and the inner loop carries each as "
+        "a tensor of its own",
+        remedy="keep a copy in the optimizer: tensor.clone()",
+    )
 
 
 def read_again(problem: Problem, stock: Stock, manner: Manner) -> Stock:

@@ -23,6 +23,7 @@ from unrollc.capture.record import Recorder
 from unrollc.errors import CaptureError
 
 _GRADIENT: Any = vars(torch._C.TensorBase)["grad"].__get__
+_SET_DATA: Any = vars(torch._C.TensorBase)["data"].__set__
 
 #: Where the optimizers of PyTorch live.
 _OPTIMIZERS = str(pathlib.Path(torch.optim.__file__).parent)
@@ -51,6 +52,9 @@ class ScalarSlots(TorchFunctionMode):
         name = name if name.startswith("__") else name.rstrip("_")
         if name == "__get__" and func == _GRADIENT:
             self._check_gradient(args[0])
+        if name == "__set__" and func == _SET_DATA:
+            self._put_data(*args)
+            return None
         if name == "item" and self._goes_on(args[0]):
             return args[0].reshape(()).to(torch.float64, copy=True)
         if name == "__bool__":
@@ -102,6 +106,29 @@ class ScalarSlots(TorchFunctionMode):
                 why="a reference from outside would see a gradient of earlier training",
                 remedy="reach the parameter through optimizer.param_groups",
             )
+
+    def _put_data(self, target: Tensor, value: Tensor) -> None:
+        """``p.data = value``: `target` has the memory of `value` from here on, and what shared
+        its own memory before keeps that. PyTorch's setter does not reach inside traced tensors.
+        """
+        if not isinstance(target, FunctionalTensor):
+            raise CaptureError(
+                "the code gives new data to a tensor from outside",
+                where=self._recorder._line(),
+                why="a reference from outside is the tensor of earlier training",
+                remedy="reach the parameter through optimizer.param_groups",
+            )
+        if (target.shape, target.dtype) != (value.shape, value.dtype):
+            raise CaptureError(
+                f"the optimizer gives a tensor of shape {list(target.shape)} and {target.dtype} "
+                f"data of shape {list(value.shape)} and {value.dtype}",
+                where=self._recorder._line(),
+                why="what the inner loop carries from step to step has one shape and dtype",
+                remedy="give it data of the same shape and dtype",
+            )
+        traced = isinstance(value, FunctionalTensor)
+        own: Any = value.detach() if traced else value.clone()
+        target.elem = own.elem
 
     def _goes_on(self, tensor: Tensor) -> bool:
         """Whether the value that ``.item()`` reads may stay a tensor."""

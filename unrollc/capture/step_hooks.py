@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from unrollc.capture.fingerprint import step_hooks_of, unchanged
+from unrollc.capture.fingerprint import step_hooks_of
+from unrollc.capture.gradients import unchanged
 from unrollc.capture.model import in_place_of_users
 from unrollc.capture.outside import NoOutsideWrites
 from unrollc.capture.problem import Problem, Stock

@@ -18,6 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.functional_tensor import FunctionalTensor
+
+from unrollc.errors import CaptureError
 
 #: Containers longer than this are kept as they are: data, not state.
 _LONGEST = 10_000
@@ -127,6 +130,12 @@ def flatten(
             place = label + _step(value, key, owners)
             made.append(flatten(item, place, leaf, owners, known, flags))
     named = tuple(owned(key, owners) for key in keys)
+    if any(isinstance(key, FunctionalTensor) for key in named):
+        raise CaptureError(
+            f"{label} has a key that was computed from a number which changes from step to step",
+            why="such a number is a tensor while the step is captured",
+            remedy="make a plain number of it where it becomes a key: int(n)",
+        )
     return Branch(name, type(value), named, tuple(made), extra)
 
 
@@ -260,6 +269,14 @@ def rebuild(
     else:
         value.extend(items)
     return value
+
+
+def opaque_in(tree: Any) -> list[Any]:
+    """The values that a tree keeps as they are."""
+    if isinstance(tree, Opaque):
+        return [tree.value]
+    items = tree.items if isinstance(tree, Branch) else tree if isinstance(tree, tuple) else ()
+    return [value for item in items for value in opaque_in(item)]
 
 
 def _alike(first: Any, second: Any) -> bool:

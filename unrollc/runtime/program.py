@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from unrollc.capture.averaging import averaged_labels
 from unrollc.capture.batches import Batches, read_train, read_val
 from unrollc.capture.fingerprint import Fingerprint
-from unrollc.capture.layout import Layout, filler, plain_number, write_back
+from unrollc.capture.layout import Layout, Manner, filler, plain_number, write_back
 from unrollc.capture.loop import known_scalars
 from unrollc.capture.nests import is_continuous
 from unrollc.capture.problem import (
@@ -68,6 +68,7 @@ class Program:
         self._options = options
         self._cache: dict[Any, list[tuple[Lowered, ModuleType]]] = {}
         self._pinned: dict[Any, list[Any]] = {}
+        self._moving: frozenset[str] = frozenset()
 
     def __call__(self, train: Any, val: Any) -> Result:
         """Adapt on `train`, evaluate on `val`.
@@ -147,24 +148,8 @@ class Program:
         return Given(problem, stock, train_batches, val_batches, schedule)
 
     def _lowered(self, given: Given, differentiate: bool) -> tuple[Lowered, ModuleType]:
-        stock, train, val = given.stock, given.train, given.val
-        fingerprint = Fingerprint()
-        key = (
-            differentiate,
-            fingerprint.of_problem(given.problem),
-            _signature(stock),
-            train.signature(),
-            val.signature(),
-            torch.get_default_dtype(),
-            _autocast(stock),
-        )
-        variants = self._cache.pop(key, [])
-        self._pinned.setdefault(key, fingerprint.pinned)
-        self._cache[key] = variants  # most recently used last
-        while len(self._cache) > _MOST_CACHED:
-            oldest = next(iter(self._cache))
-            del self._cache[oldest], self._pinned[oldest]
-        for lowered, module in variants:
+        train, val = given.train, given.val
+        for lowered, module in self._variants(given, differentiate):
             scalars = known_scalars(given.read_as(lowered).stock)
             lifted = lowered.loop.lifted.values()
             same = lowered.lifted_require == tuple(t.requires_grad for t in lifted)
@@ -172,10 +157,34 @@ class Program:
                 return lowered, module
         with torch.inference_mode(False):
             lowered = lower(
-                given.problem, self._options, stock, train, val, differentiate=differentiate
+                given.problem, self._options, given.stock, train, val, differentiate=differentiate
             )
+        self._moving |= lowered.loop.manner.moving  # from now on no part of the key
+        variants = self._variants(given, differentiate)
         variants.append((lowered, load(lowered.generated)))
+        del variants[:-_MOST_VARIANTS]
         return variants[-1]
+
+    def _variants(self, given: Given, differentiate: bool) -> list[tuple[Lowered, ModuleType]]:
+        """The programs under the key of a call, which becomes the most recently used."""
+        fingerprint = Fingerprint()
+        stock = read_again(given.problem, given.stock, Manner(self._moving))
+        key = (
+            differentiate,
+            fingerprint.of_problem(given.problem, self._moving),
+            _signature(stock),
+            given.train.signature(),
+            given.val.signature(),
+            torch.get_default_dtype(),
+            _autocast(stock),
+        )
+        variants = self._cache.pop(key, [])
+        self._pinned.setdefault(key, fingerprint.pinned)
+        self._cache[key] = variants
+        while len(self._cache) > _MOST_CACHED:
+            oldest = next(iter(self._cache))
+            del self._cache[oldest], self._pinned[oldest]
+        return variants
 
     # -- results ----------------------------------------------------------------------------------
 
@@ -238,8 +247,10 @@ class Program:
             put_back(given.schedule, self._problem.opt, self._problem.scheduler)
 
 
-#: Lowered programs that are kept; the least recently used goes first.
+#: Keys under which lowered programs are kept, and programs under each (they differ in guards); the
+#: least recently used key and the oldest program go first.
 _MOST_CACHED = 64
+_MOST_VARIANTS = 16
 
 
 def _autocast(stock: Stock) -> tuple[Any, ...]:
