@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import unrollc
 from tests.oracles import cases, finite, ordinary
+from tests.oracles.compare import assert_close
 from tests.oracles.models import MLP
 from tests.oracles.objectives import unstack
 
