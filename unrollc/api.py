@@ -100,6 +100,14 @@ def compile(
         InputError: If an argument has the wrong kind.
         NotYetError: For a memory budget or the inductor backend.
     """
+    val_loss = loss if val_loss is None else val_loss
+    problem = Problem(model, opt, loss, val_loss, grad_transform, scheduler, average)
+    _check_kinds(problem)
+    return Program(problem, read_options(meta, gradient, memory, backend, debug))
+
+
+def _check_kinds(problem: Problem) -> None:
+    model, opt, transform = problem.model, problem.opt, problem.grad_transform
     if not isinstance(model, nn.Module):
         raise InputError(f"model is {type(model).__name__}, not an nn.Module")
     if not isinstance(opt, torch.optim.Optimizer):
@@ -107,22 +115,22 @@ def compile(
             f"opt is {type(opt).__name__}, not a torch.optim.Optimizer",
             remedy="pass an optimizer instance over the model's parameters",
         )
-    val_loss = loss if val_loss is None else val_loss
-    for name, given in (("loss", loss), ("val_loss", val_loss)):
+    for name, given in (("loss", problem.loss), ("val_loss", problem.val_loss)):
         if not isinstance(given, Objective) and not callable(given):
-            raise InputError(f"{name} is {type(given).__name__}, not a callable")
-    if grad_transform is not None and not callable(grad_transform):
+            raise InputError(
+                f"{name} is {type(given).__name__}, not a callable",
+                remedy="pass loss(prediction, target) -> scalar, or unrollc.objective(fn)",
+            )
+    if transform is not None and not callable(transform):
         raise InputError(
-            f"grad_transform is {type(grad_transform).__name__}, not a callable",
+            f"grad_transform is {type(transform).__name__}, not a callable",
             remedy="pass a function of a list of parameters, e.g. "
             "lambda params: torch.nn.utils.clip_grad_norm_(params, 1.0)",
         )
-    if scheduler is not None:
-        check_scheduler(scheduler, opt)
-    if average is not None:
-        check_average(average, model)
-    options = read_options(meta, gradient, memory, backend, debug)
-    return Program(Problem(model, opt, loss, val_loss, grad_transform, scheduler, average), options)
+    if problem.scheduler is not None:
+        check_scheduler(problem.scheduler, opt)
+    if problem.average is not None:
+        check_average(problem.average, model)
 
 
 def check(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import types
 from collections import deque
 from collections.abc import Callable
@@ -62,6 +63,67 @@ class Logging(Linear):
     def forward(self, x: Tensor) -> Tensor:
         self.log["shapes"].append(tuple(x.shape))
         return self.layer(x) / len(self.log["shapes"])
+
+
+class Settings:
+    """A plain object that a model keeps."""
+
+    def __init__(self) -> None:
+        self.factor = 1.0
+        self.itself = self  # a cycle
+
+
+class Configured(Linear):
+    """Counts in an object within a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.settings = [Settings()]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.settings[0].factor += 0.5
+        return self.layer(x) * self.settings[0].factor
+
+
+class Window(Linear):
+    """Keeps its last two factors in a deque."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recent = deque([0.5], maxlen=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.recent.append(self.recent[-1] + 0.25)
+        return self.layer(x) * sum(self.recent)
+
+
+class Ring(Linear):
+    """Writes to one entry of a list that is long."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entries = [1.0] * 100
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.entries[7] += 0.5
+        return self.layer(x) * self.entries[7]
+
+
+@pytest.mark.parametrize(
+    ("kind", "read"),
+    [
+        (Configured, lambda model: [settings.factor for settings in model.settings]),
+        (Window, lambda model: list(model.recent)),
+        (Ring, lambda model: list(model.entries)),
+    ],
+)
+def test_objects_and_containers_in_attributes_are_carried_and_put_back(
+    kind: Callable[[], Linear], read: Callable[[Any], Any]
+) -> None:
+    model = kind()
+    before = read(model)
+    assert_exact(model, classes(steps=3), plain=twin(model, kind))
+    assert read(model) == before == read(kind())
 
 
 class Recording(Linear):
@@ -125,6 +187,49 @@ def test_a_step_stands_for_another_only_under_the_same_attributes() -> None:
     assert lowered(Remembering(), 4).loop.kind_sequence == (0, 1, 1, 1)
 
 
+def test_outputs_that_a_hook_collects_are_no_reason_for_another_capture() -> None:
+    model, seen = Remembering(), {}
+    model.layer.register_forward_hook(lambda module, given, out: seen.update(out=out))
+    assert lowered(model, 4).loop.kind_sequence == (0, 1, 1, 1)
+
+
+COUNT = [0]
+
+
+def counting(prediction: Tensor, target: Tensor) -> Tensor:
+    COUNT[0] += 1
+    return nn.functional.cross_entropy(prediction, target) * COUNT[0]
+
+
+@pytest.mark.parametrize("where", ["loss", "objective"])
+def test_a_loss_that_changes_python_values_is_refused(where: str) -> None:
+    """It runs once, when a step is captured; a module may count in its attributes."""
+    model = Remembering()
+    opt, _ = held(model, momentum)
+    *train, val = classes(2)
+    plain = nn.functional.cross_entropy
+    loss: Any = {
+        "loss": counting,
+        "objective": unrollc.objective(lambda model, batch: counting(model(batch[0]), batch[1])),
+    }[where]
+    program = unrollc.compile(model, opt, loss, val_loss=plain)
+    with pytest.raises(unrollc.CaptureError, match="changes Python values that it refers to"):
+        program.lower(train, val)
+
+
+def test_a_loss_may_run_a_model_that_counts() -> None:
+    model = Alternating()
+    opt, _ = held(model, momentum)
+    *train, val = classes(2)
+
+    def fn(given: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        assert given is model  # reached by name, too
+        return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    found = unrollc.compile(model, opt, unrollc.objective(fn)).lower(train, val).loop
+    assert len(found.kinds) == 2
+
+
 class Recurrent(Linear):
     def forward(self, x: Tensor) -> Tensor:
         out = self.layer(x)
@@ -158,9 +263,21 @@ class Elsewhere(Linear):
         return out + KEPT[0]
 
 
+class Cycling(Linear):
+    """Takes its factors from an iterator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factors = itertools.cycle([1.0, 2.0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * next(self.factors)
+
+
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
+        (Cycling, r"the attribute factors is an iterator \(cycle\)"),
         (Recurrent, "the attribute last carries a tensor from one inner step to the next"),
         (Registering, "the model registers or removes the buffer 'mean' while it runs"),
         (Growing, "the model registers or removes the submodule 'extra' while it runs"),
@@ -220,3 +337,28 @@ def test_a_program_is_used_again_only_where_the_numbers_it_read_are_the_same() -
     model.place.fill_(1)
     assert program.lower(train, val) is not first
     assert_exact(model, classes())
+
+
+class Aliased(Linear):
+    """Reads its weight by another tensor that shares the memory."""
+
+    def __init__(self, alias: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.alias = alias(self.layer.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + x @ self.alias.T
+
+
+@pytest.mark.parametrize(
+    "alias", [lambda weight: weight.data, lambda weight: weight.detach()[:, :], lambda w: w[:1]]
+)
+def test_a_fast_weight_behind_another_tensor_is_refused(alias: Callable[[Tensor], Tensor]) -> None:
+    """In ordinary training it follows the weight; captured, it would keep its initial value."""
+    with pytest.raises(unrollc.CaptureError, match=r"reads layer\.weight behind the model's back"):
+        lowered(Aliased(alias), 2)
+
+
+def test_a_copy_of_the_initial_weight_is_a_constant() -> None:
+    model = Aliased(lambda weight: weight.detach().clone())
+    assert_exact(model, classes(steps=2))

@@ -1,9 +1,11 @@
 """What a captured step looks like, and what capturing leaves untouched."""
 
+import contextlib
 import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -249,23 +251,38 @@ def test_attributes_that_a_forward_sets_are_put_back() -> None:
 
 
 class Rolling(MLP):
-    """A forward that draws from Python's and from torch's generators."""
+    """A forward that draws from torch's generator, and from those of others that are given."""
+
+    def __init__(self, *others: Callable[[], float]) -> None:
+        super().__init__()
+        self.others = others
 
     def forward(self, x: Tensor) -> Tensor:
-        random.random()
+        for draw in self.others:
+            draw()
         torch.rand(3)
         return super().forward(F.dropout(x, 0.5))
 
 
-@pytest.mark.parametrize("state", [torch.get_rng_state, random.getstate])
-def test_generators_are_untouched(state: Callable[[], Any]) -> None:
-    model = Rolling()
+OTHERS = {"torch": (), "random": (random.random,), "numpy.random": (np.random.rand,)}
+
+
+@pytest.mark.parametrize("generator", OTHERS)
+def test_generators_are_untouched(generator: str) -> None:
+    """Numbers that torch does not draw would be the same at every step, which is refused."""
+    model = Rolling(*OTHERS[generator])
     opt = torch.optim.Adam(model.parameters(), lr=0.1)
     train = cases.batches((5, 4), T, seed=1)
     program = unrollc.compile(model, opt, F.cross_entropy)
-    before = list(state())
-    program.lower(train, unstack(train)[0])
-    assert list(state()) == before
+
+    def states() -> Any:
+        return list(torch.get_rng_state()), random.getstate(), repr(np.random.get_state())
+
+    before = states()
+    refused = pytest.raises(unrollc.CaptureError, match=f"draws numbers from {generator}")
+    with refused if generator != "torch" else contextlib.nullcontext():
+        program.lower(train, unstack(train)[0])
+    assert states() == before
 
 
 # --- noise ------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """What a gradient transform may do, and that a program never outlives a change of it."""
 
+from collections import deque
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -38,6 +40,23 @@ def test_python_state_is_refused() -> None:
         with pytest.raises(unrollc.CaptureError, match="changes Python values"):
             program(train, val)
     assert counting.calls == 0
+
+
+class Count:
+    calls = 0
+
+
+@pytest.mark.parametrize("kept", ["long list", "deque", "object"])
+def test_python_state_is_refused_wherever_it_is(kept: str) -> None:
+    entries, recent, count = [0.0] * 100, deque([0.0], maxlen=1), Count()
+    changes = {
+        "long list": lambda p: entries.append(1.0),
+        "deque": lambda p: recent.append(1.0),
+        "object": lambda p: setattr(count, "calls", count.calls + 1),
+    }
+    program, train, val = compiled(changes[kept])
+    with pytest.raises(unrollc.CaptureError, match="changes Python values"):
+        program(train, val)
 
 
 def test_tensors_from_outside_are_not_written_to() -> None:

@@ -1,6 +1,7 @@
 """What captured code depends on besides tensors: no change is answered by a stale program."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,10 @@ pytestmark = pytest.mark.usefixtures("float64")
 FACTOR = 1.0
 
 
+class Settings:
+    factor = 1.0
+
+
 class Record:
     shift = 0.0
 
@@ -27,12 +32,18 @@ class Configured(nn.Module):
         self.act: Callable[[Tensor], Tensor] = torch.tanh
         self.config = {"factor": 1.0}
         self.widths = [1.0, 2.0]
+        self.settings = Settings()
+        self.options = SimpleNamespace(factor=1.0)
         self.record = Record()
         self.shift = torch.tensor(0.0)
 
     def forward(self, x: Tensor) -> Tensor:
         return (
-            self.act(self.linear(x)) * self.config["factor"] * self.widths[0]
+            self.act(self.linear(x))
+            * self.config["factor"]
+            * self.widths[0]
+            * self.settings.factor
+            * self.options.factor
             + self.record.shift
             + self.shift
         )
@@ -91,6 +102,8 @@ def replace_hook(setting: Setting) -> None:
 CHANGES = {
     "a function attribute": lambda s: setattr(s.model, "act", torch.sin),
     "an entry of a dictionary": lambda s: s.model.config.update(factor=2.0),
+    "a factor of an object": lambda s: setattr(s.model.settings, "factor", 2.0),
+    "an entry of a namespace": lambda s: setattr(s.model.options, "factor", 2.0),
     "an item of a list": lambda s: s.model.widths.__setitem__(0, 2.0),
     "forward on the instance": lambda s: setattr(s.model, "forward", lambda x: s.model.linear(x)),
     "a tensor attribute": lambda s: setattr(s.model, "shift", torch.ones(3).cumsum(0)),
@@ -132,6 +145,15 @@ def test_a_change_is_seen(change: str, kind: str, monkeypatch: pytest.MonkeyPatc
         again = program(setting.train, setting.val).loss
         fresh = unrollc.compile(setting.model, setting.opt, loss)(setting.train, setting.val).loss
     torch.testing.assert_close(again, fresh, rtol=1e-14, atol=0)
+
+
+def test_nested_settings_that_stay_are_no_reason_to_lower_again() -> None:
+    model = nn.Linear(4, 3)
+    model.settings = [{"a": {"b": [{"c": ({"d": 1.0},)}]}}]
+    train = cases.batches((5, 4), 2, seed=1)
+    program = unrollc.compile(model, torch.optim.SGD(model.parameters(), lr=0.3), F.cross_entropy)
+    lowered = program.lower(train, unstack(train)[0])
+    assert program.lower(train, unstack(train)[0]) is lowered
 
 
 def test_autocast_is_part_of_the_key() -> None:

@@ -1,6 +1,7 @@
 """Python attributes that a module's forward sets: carried from step to step, then put back.
 
-A forward may count its calls, fill a cache or decide something once. Each step is therefore
+A forward may count its calls, fill a cache or decide something once, in attributes of modules or
+in lists, dictionaries, sets, deques and plain objects that stand there. Each step is therefore
 captured with the attributes that the step before left, as in ordinary training, and stands for
 another only where these are the same. What is not carried are tensors: one that was computed in an
 earlier step is a constant to no step graph, so code that reads it from an attribute is refused.
@@ -9,6 +10,7 @@ earlier step is a constant to no step graph, so code that reads it from an attri
 from __future__ import annotations
 
 import contextlib
+import io
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,18 +18,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.overrides import TorchFunctionMode
 
-from unrollc.capture.fingerprint import MODULE_PARTS, Fingerprint, holds_values
-from unrollc.capture.nests import map_tensors
+from unrollc.capture.fingerprint import MODULE_PARTS, Fingerprint, has_attributes, is_traced
+from unrollc.capture.nests import map_tensors, tensors_in
 from unrollc.capture.problem import Problem
 from unrollc.capture.source import SourceFinder
+from unrollc.capture.trees import attributes_of, set_attribute
 from unrollc.errors import CaptureError
 
 #: What a forward may not add to or take away from, and what its entries are called.
 _REGISTERED = {"_parameters": "parameter", "_buffers": "buffer", "_modules": "submodule"}
+
+#: Containers longer than this are data: only their length is looked at.
+_LONGEST = 10_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,8 +40,7 @@ class Attributes:
 
     Attributes:
         held: For each module its label, itself, and a copy of its ``__dict__``.
-        containers: The lists, dictionaries, sets and attributes of plain objects in them, with
-            copies.
+        containers: The containers and plain objects in them, with copies of their contents.
         description: Equal for attributes under which a forward runs the same code.
         stale: Tensors of the step before, by id, and the attributes that hold them.
         pinned: What the description counts by identity.
@@ -68,47 +71,72 @@ class Attributes:
 
 def read_attributes(problem: Problem) -> Attributes:
     """The attributes of all modules as they are now."""
-    held, rows = [], []
-    containers: dict[int, tuple[Any, Any]] = {}
+    held: list[tuple[str, nn.Module, dict[str, Any]]] = []
+    rows: list[Any] = []
+    containers: dict[int, tuple[Any, Any, str]] = {}
     stale: dict[int, str] = {}
     fingerprint = Fingerprint()
     for prefix, root in problem.modules.items():
         for name, module in root.named_modules():
+            label = f"{prefix}{name}"
             if isinstance(module, torch.jit.ScriptModule):
                 continue  # its attributes live in its compiled code
             own = dict(vars(module))
-            held.append((prefix + name, module, own))
+            held.append((label, module, own))
             for key, value in own.items():
-                _copy_containers(value, containers)
+                place = f"{label}.{key}".removeprefix(".")
+                _copy_containers(value, containers, place)
                 if key not in MODULE_PARTS:
-                    told = _without_traced(value, f"{prefix}{name}.{key}".removeprefix("."), stale)
-                    rows.append((prefix + name, key, fingerprint.of(told)))
+                    _note_traced(value, place, stale)
+                    rows.append((place, fingerprint.of(value)))
+    parts = {id(own.get(part)) for _, _, own in held for part in MODULE_PARTS}
+    for inside, content, place in containers.values():
+        if id(inside) not in parts and len(content) <= _LONGEST:
+            _note_traced(content, place, stale)
+            items = content.items() if isinstance(content, dict) else content
+            rows.append((place, tuple(fingerprint.of(item) for item in items)))
     return Attributes(
-        tuple(held), tuple(containers.values()), tuple(rows), stale, fingerprint.pinned
+        held=tuple(held),
+        containers=tuple((inside, content) for inside, content, _ in containers.values()),
+        description=tuple(rows),
+        stale=stale,
+        pinned=fingerprint.pinned,
     )
 
 
-def _copy_containers(value: Any, found: dict[int, tuple[Any, Any]]) -> None:
-    if holds_values(value) and not isinstance(value, dict | list | set | tuple | deque):
-        value = vars(value)
-    if not isinstance(value, dict | list | set | tuple | deque) or id(value) in found:
+def _copy_containers(value: Any, found: dict[int, tuple[Any, Any, str]], place: str) -> None:
+    """Add the containers and plain objects of a value, with copies of their contents.
+
+    Raises:
+        CaptureError: For an iterator, whose position cannot be read or put back.
+    """
+    if id(value) in found:
+        return
+    if isinstance(value, Iterator) and not isinstance(value, io.IOBase):
+        raise CaptureError(
+            f"the attribute {place} is an iterator ({type(value).__name__})",
+            why="its position cannot be read or put back, so the steps of the loop cannot be told "
+            "apart",
+            remedy="keep a list and a position in it",
+        )
+    if isinstance(value, tuple):
+        content: Any = value
+    elif isinstance(value, dict | list | set | deque):
+        content = value.copy()
+    elif has_attributes(value):
+        content = attributes_of(value)
+    else:
         return
     if not isinstance(value, tuple):
-        found[id(value)] = (value, value.copy())
-    for item in value.values() if isinstance(value, dict) else value:
-        _copy_containers(item, found)
+        found[id(value)] = (value, content, place)
+    for item in content.values() if isinstance(content, dict) else content:
+        _copy_containers(item, found, place)
 
 
-def _without_traced(value: Any, name: str, stale: dict[int, str]) -> Any:
-    """`value` with what is alike about traced tensors in their place."""
-
-    def stand_in(tensor: Tensor) -> Any:
-        if not _is_traced(tensor):
-            return tensor
-        stale[id(tensor)] = name
-        return (tuple(tensor.shape), tensor.dtype, tensor.device)
-
-    return map_tensors(stand_in, value)
+def _note_traced(value: Any, place: str, stale: dict[int, str]) -> None:
+    for tensor in tensors_in(value):
+        if is_traced(tensor):
+            stale[id(tensor)] = place
 
 
 @dataclass
@@ -185,14 +213,15 @@ class Fresh(TorchFunctionMode):
             )
 
 
-def _refill(container: Any, content: Any) -> None:
-    container.clear()
-    if isinstance(container, list | deque):
-        container.extend(content)
+def _refill(inside: Any, content: Any) -> None:
+    if not isinstance(inside, dict | list | set | deque):
+        for name in set(attributes_of(inside)) - set(content):
+            object.__delattr__(inside, name)
+        for name, item in content.items():
+            set_attribute(inside, name, item)
+        return
+    inside.clear()
+    if isinstance(inside, list | deque):
+        inside.extend(content)
     else:
-        container.update(content)
-
-
-def _is_traced(tensor: Tensor) -> bool:
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    return wrapped or isinstance(tensor, FunctionalTensor | FakeTensor)
+        inside.update(content)

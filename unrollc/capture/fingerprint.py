@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import argparse
 import functools
-import sys
 import types
 from collections import deque
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.optim import optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from unrollc.capture.problem import Objective, Problem
+from unrollc.capture.trees import attributes_of, is_plain_object
 
-_SEQUENCES = (tuple, list, set, frozenset, deque)
+_CONTAINERS = (tuple, list, set, frozenset, deque, dict)
 _SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
 #: Containers and nested functions are followed to this depth, and up to this many items.
@@ -37,16 +40,41 @@ def step_hooks_of(opt: torch.optim.Optimizer) -> list[Any]:
     return [hook for hooks in (*own, *shared) for hook in hooks.values()]
 
 
+def is_traced(tensor: Tensor) -> bool:
+    """Whether a tensor stands for a value of the step that is being captured."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return wrapped or isinstance(tensor, FunctionalTensor | FakeTensor)
+
+
+def has_attributes(value: Any) -> bool:
+    """Whether an object is described by its attributes.
+
+    Optimizers and schedulers are not: an outer loop steps them. Nor are compiled programs.
+    """
+    kind = type(value)
+    if isinstance(value, torch.optim.Optimizer | LRScheduler) or _is_library(kind):
+        return False
+    if is_plain_object(value) or isinstance(value, argparse.Namespace | types.SimpleNamespace):
+        return True
+    other = Tensor | nn.Module | type | types.ModuleType | types.FunctionType
+    return (
+        callable(value)
+        and isinstance(getattr(value, "__dict__", None), dict)
+        and not isinstance(value, other)
+    )
+
+
 class Fingerprint:
     """A hashable description of Python values.
 
-    Numbers, strings and containers of them count by value; functions by their code, defaults,
-    closures and the globals that they name; modules by the attributes and modes of all within
-    them, and by identity unless the problem knows them by name; other objects by identity and
-    attributes. What counts by identity is kept alive so that no other object can take its place.
+    Numbers, strings and containers of them count by value, long containers by identity and length;
+    functions by their code, defaults, closures and the globals that they name; modules by the
+    attributes and modes of all within them, and by identity unless the problem knows them by name;
+    plain objects by identity and attributes; traced tensors by shape; anything else by identity,
+    and is kept alive so that no other object can take its place.
 
     Args:
-        known: Modules that are told apart, and not described.
+        known: Modules that count by being there, whatever their attributes.
 
     Attributes:
         pinned: The objects that count by identity.
@@ -55,6 +83,7 @@ class Fingerprint:
     def __init__(self, known: Iterable[nn.Module] = ()) -> None:
         self.pinned: list[Any] = []
         self._known = {id(module): f"module {index}" for index, module in enumerate(known)}
+        self._objects: dict[tuple[int, int], Any] = {}
 
     def of_problem(self, problem: Problem, moving: Set[str] = frozenset()) -> tuple[Any, ...]:
         """Module attributes, modes and hooks, optimizer attributes, and what losses refer to.
@@ -98,13 +127,16 @@ class Fingerprint:
 
     def of(self, value: Any, depth: int = _DEPTH) -> Any:
         """The description of one value."""
+        if isinstance(value, Tensor) and is_traced(value):
+            return ("traced", tuple(value.shape), value.dtype, value.device)
         if isinstance(value, _SIMPLE):
             return (type(value).__name__, repr(value))
-        if depth and isinstance(value, _SEQUENCES) and len(value) <= _ITEMS:
+        if isinstance(value, _CONTAINERS):
+            if not depth or len(value) > _ITEMS:
+                return (*self._identity(value), len(value))
+            if isinstance(value, dict):
+                return (type(value).__name__, *self._entries(value, depth - 1))
             return (type(value).__name__, *(self.of(item, depth - 1) for item in value))
-        if depth and isinstance(value, dict) and len(value) <= _ITEMS:
-            pairs = ((self.of(k, depth - 1), self.of(v, depth - 1)) for k, v in value.items())
-            return (type(value).__name__, *pairs)
         if isinstance(value, functools.partial) and depth:
             given = (value.func, value.args, value.keywords)
             return ("partial", *(self.of(part, depth) for part in given))
@@ -116,13 +148,27 @@ class Fingerprint:
             return ("method", self.of(value.__func__, depth), self._owner(value, depth))
         if isinstance(value, types.FunctionType):
             return self._function(value, depth)
-        if depth and not isinstance(value, Tensor | nn.Module | type | types.ModuleType):
-            plain = getattr(value, "__dict__", None)
-            if isinstance(plain, dict) and (callable(value) or holds_values(value)):
-                return (self._identity(value), self.of(plain, depth - 1))
-            if getattr(value, "nbytes", _ITEMS + 1) <= _ITEMS and hasattr(value, "tobytes"):
-                return (self._identity(value), value.tobytes())  # a small array of NumPy's
+        if depth and has_attributes(value):
+            return self._object(value, depth)
+        if (
+            not isinstance(value, Tensor)
+            and getattr(value, "nbytes", _ITEMS + 1) <= _ITEMS
+            and hasattr(value, "tobytes")
+        ):
+            return (self._identity(value), value.tobytes())  # a small array of NumPy's
         return self._identity(value)
+
+    def _object(self, value: Any, depth: int) -> Any:
+        """An object, described once: every layer of a network may hold the same configuration."""
+        key = (id(value), depth)
+        if key not in self._objects:
+            self._objects[key] = self._identity(value)  # in case that it leads back to itself
+            rows = self._entries(attributes_of(value), depth - 1)
+            self._objects[key] = (self._identity(value), *rows)
+        return self._objects[key]
+
+    def _entries(self, entries: Mapping[Any, Any], depth: int) -> list[Any]:
+        return [(self.of(key, depth), self.of(item, depth)) for key, item in entries.items()]
 
     def _children(self, root: nn.Module, depth: int) -> tuple[Any, ...]:
         """Attributes and modes of a module and of all within it."""
@@ -169,24 +215,9 @@ def class_values(kind: type) -> list[Any]:
     return [value for name, value in attributes if name[:2] != "__" and not callable(value)]
 
 
-def holds_values(value: Any) -> bool:
-    """Whether an object is there for what its attributes hold: a configuration, a record.
-
-    Objects of the standard library (loggers, locks, files) have lives of their own.
-    """
-    kind = type(value)
-    if isinstance(value, Tensor | nn.Module | type | types.ModuleType | types.FunctionType):
-        return False
-    if not isinstance(getattr(value, "__dict__", None), dict):
-        return False
-    return kind.__module__.split(".")[0] not in sys.stdlib_module_names or isinstance(
-        value, types.SimpleNamespace | argparse.Namespace
-    )
-
-
 def _is_tensor(value: Any) -> bool:
     return isinstance(value, Tensor | nn.Module)
 
 
-def _is_library(function: types.FunctionType) -> bool:
-    return (function.__module__ or "").split(".")[0] in _LIBRARIES
+def _is_library(code: types.FunctionType | type) -> bool:
+    return (code.__module__ or "").split(".")[0] in _LIBRARIES

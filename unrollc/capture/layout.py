@@ -109,29 +109,76 @@ def read_layout(
         CaptureError: If the step has put another tensor in the place of a hyperparameter, or if
             the optimizer keeps an iterator.
     """
-    tensors: dict[str, Tensor] = {}
-    numbers: dict[str, int | float] = {}
-    traced: list[str] = []
-    places: dict[int, str] = {}
+    reader = _Reader(owners, manner, hyper, is_traced_number)
     known: dict[int, Hashable] = {id(opt): "self", id(opt.state): "state"}
     known[id(opt.param_groups)] = "groups"
     known.update((id(group), f"group {i}") for i, group in enumerate(opt.param_groups))
+    flags = manner.flags
+    state: list[tuple[Any, Any]] = []
+    for key, value in opt.state.items():
+        owner = owners.get(id(key), "" if isinstance(key, Tensor) else key)
+        tree = flatten(value, f'state["{owner}"]', reader.leaf, owners, known, flags)
+        state.append((owner, tree))
+    groups = []
+    for index, group in enumerate(opt.param_groups):
+        items = []
+        for name in sorted(set(group) - {"params"}):
+            label, value = f'param_groups[{index}]["{name}"]', group[name]
+            if is_flag(name, value) and name in flags:
+                items.append((name, flags[name]))
+            else:
+                tree = flatten(value, label, reader.hyperparameter, owners, known, flags)
+                items.append((name, tree))
+        groups.append(tuple(items))
+    attributes = [
+        (
+            name,
+            (value if isinstance(value, str) else Opaque(value))  # load_state_dict makes a new one
+            if name in MACHINERY
+            else flatten(value, f"optimizer.{name}", reader.attribute, owners, known, flags),
+        )
+        for name, value in (vars(opt) | {k: v for k, v in flags.items() if k in vars(opt)}).items()
+        if name not in ("state", "param_groups", "step")
+    ]
+    members = tuple(tuple(owners.get(id(p)) for p in g["params"]) for g in opt.param_groups)
+    trees = tuple(state), members, tuple(groups), tuple(attributes)
+    layout = Layout(*trees, reader.numbers, tuple(reader.tensors), tuple(reader.traced))
+    return layout, reader.tensors
 
-    def leaf(label: str, value: Any) -> Any:
-        if (owner := owned(value, owners)) is not value:
+
+@dataclass
+class _Reader:
+    """What stands for the leaves of an optimizer's trees, and what it has met of them.
+
+    Attributes:
+        owners, manner, hyper, is_traced_number: As for `read_layout`.
+        tensors: The state tensors by label.
+        numbers: The plain numbers by label.
+        traced: Labels of the numbers that are tensors.
+        places: Labels of tensors by id: one tensor in two places stays one.
+    """
+
+    owners: Mapping[int, str]
+    manner: Manner
+    hyper: Mapping[str, Tensor] | None
+    is_traced_number: Callable[[Tensor], bool] | None
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    numbers: dict[str, int | float] = field(default_factory=dict)
+    traced: list[str] = field(default_factory=list)
+    places: dict[int, str] = field(default_factory=dict)
+
+    def leaf(self, label: str, value: Any) -> Any:
+        """A leaf of the state, or of what is no hyperparameter."""
+        if (owner := owned(value, self.owners)) is not value:
             return owner
         if isinstance(value, Tensor):
-            label = places.setdefault(id(value), label)  # one tensor in two places stays one
-            tensors[label] = value
-            number = is_traced_number is not None and is_traced_number(value)
-            traced.extend([label] if number and label not in traced else [])
-            return Leaf(label, number)
+            return self._tensor(label, value)
         if is_number(value):
-            if label in manner.moving:
-                tensors[label] = torch.tensor(float(value), dtype=torch.float64)
-                traced.append(label)
+            if label in self.manner.moving:
+                self.tensors[label] = torch.tensor(float(value), dtype=torch.float64)
+                self.traced.append(label)
                 return Leaf(label, number=True)
-            numbers[label] = value
+            self.numbers[label] = value
         if hasattr(value, "per_step"):
             return Leaf(label)
         if isinstance(value, Iterator) and not isinstance(value, io.IOBase):
@@ -143,57 +190,36 @@ def read_layout(
             )
         return value if isinstance(value, _PLAIN_VALUES) else Opaque(value)
 
-    def hyperparameter(label: str, value: Any) -> Any:
-        if not isinstance(value, Tensor) or id(value) in owners:
-            return leaf(label, value)
-        if hyper is None or label in hyper:
-            if hyper is not None and hyper[label] is not value:
-                raise CaptureError(
-                    f"the optimizer writes a tensor into {label}",
-                    why="a hyperparameter that changes during the inner loop is state, and "
-                    "state belongs into optimizer.state",
-                    remedy="keep the value in self.state[parameter]",
-                )
-            return Leaf(label)
-        return leaf(label, value)
+    def _tensor(self, label: str, value: Tensor) -> Leaf:
+        label = self.places.setdefault(id(value), label)
+        self.tensors[label] = value
+        number = self.is_traced_number is not None and self.is_traced_number(value)
+        if number and label not in self.traced:
+            self.traced.append(label)
+        return Leaf(label, number)
 
-    def attribute(label: str, value: Any) -> Any:
-        tensor = isinstance(value, Tensor) and id(value) not in owners
+    def hyperparameter(self, label: str, value: Any) -> Any:
+        """A leaf of a param group."""
+        if not isinstance(value, Tensor) or id(value) in self.owners:
+            return self.leaf(label, value)
+        if self.hyper is not None and label not in self.hyper:
+            return self.leaf(label, value)
+        if self.hyper is not None and self.hyper[label] is not value:
+            raise CaptureError(
+                f"the optimizer writes a tensor into {label}",
+                why="a hyperparameter that changes during the inner loop is state, and "
+                "state belongs into optimizer.state",
+                remedy="keep the value in self.state[parameter]",
+            )
+        return Leaf(label)
+
+    def attribute(self, label: str, value: Any) -> Any:
+        """A leaf of another attribute."""
+        tensor = isinstance(value, Tensor) and id(value) not in self.owners
         traced = isinstance(value, FunctionalTensor)
         if tensor and not traced and (value.requires_grad or value.layout is not torch.strided):
             return Opaque(value)  # a learned optimizer's parameter, found where it is used
-        return leaf(label, value)
-
-    flags = manner.flags
-    state: list[tuple[Any, Any]] = []
-    for key, value in opt.state.items():
-        owner = owners.get(id(key), "" if isinstance(key, Tensor) else key)
-        state.append((owner, flatten(value, f'state["{owner}"]', leaf, owners, known, flags)))
-    groups = []
-    for index, group in enumerate(opt.param_groups):
-        items = []
-        for name in sorted(set(group) - {"params"}):
-            label, value = f'param_groups[{index}]["{name}"]', group[name]
-            if is_flag(name, value) and name in flags:
-                items.append((name, flags[name]))
-            else:
-                tree = flatten(value, label, hyperparameter, owners, known, flags)
-                items.append((name, tree))
-        groups.append(tuple(items))
-    attributes = [
-        (
-            name,
-            (value if isinstance(value, str) else Opaque(value))  # load_state_dict makes a new one
-            if name in MACHINERY
-            else flatten(value, f"optimizer.{name}", attribute, owners, known, flags),
-        )
-        for name, value in (vars(opt) | {k: v for k, v in flags.items() if k in vars(opt)}).items()
-        if name not in ("state", "param_groups", "step")
-    ]
-    members = tuple(tuple(owners.get(id(p)) for p in g["params"]) for g in opt.param_groups)
-    trees = tuple(state), members, tuple(groups), tuple(attributes)
-    layout = Layout(*trees, numbers, tuple(tensors), tuple(traced))
-    return layout, tensors
+        return self.leaf(label, value)
 
 
 _PLAIN_VALUES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)

@@ -258,21 +258,18 @@ def _capture_with(
             sequence.extend([chosen] * (train.steps - len(sequence)))
         layout, state, tuned = kind.after, kind.state, kind.tuned
         attributes = kind.attributes.after
-        hyper = {k: v for k, v in known.items() if k in stock.hyper}
         # Only the validation loss reads counters after the loop, and only those of buffers.
         last = len(sequence) if set(kind.concretes.counters) & set(stock.buffers) else step + 1
         for later in range(step, last):
             seen = {**_at_step(scalars, later), **known, **_given([kind], shared, train, later)}
-            known = {**hyper, **kind.concretes.advance(seen)}
-    lifted_by_label = {closure_label(index): tensor for index, tensor in enumerate(shared.lifted)}
-    steps = _with_settled_state(raw, stock)
+            known = {k: known[k] for k in stock.hyper if k in known} | kind.concretes.advance(seen)
     return Loop(
-        steps=steps,
+        steps=_with_settled_state(raw, stock),
         sequence=tuple(kinds[index].graph for index in sequence),
         kinds=tuple(kinds),
         kind_sequence=tuple(sequence),
         layout=layout,
-        lifted=lifted_by_label,
+        lifted=_labelled(shared.lifted),
         attributes=attributes,
         known=known,
         manner=shared.manner,
@@ -290,8 +287,11 @@ def _numbered(known: list[StepGraph], graph: StepGraph) -> int:
 def _given(kinds: list[Kind], shared: Shared, train: Batches, step: int) -> dict[str, Tensor]:
     """What kinds read of the data and of tensors from outside."""
     read = {label for kind in kinds for label in kind.concretes.reads}
-    closures = {closure_label(index): tensor for index, tensor in enumerate(shared.lifted)}
-    return closures_read(read, closures) | data_read(read, train, step)
+    return closures_read(read, _labelled(shared.lifted)) | data_read(read, train, step)
+
+
+def _labelled(lifted: list[Tensor]) -> dict[str, Tensor]:
+    return {closure_label(index): tensor for index, tensor in enumerate(lifted)}
 
 
 def _record(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import pickle
 import random
 import sys
 import threading
@@ -105,17 +106,34 @@ def _plain_kernels() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _generators_restored() -> Iterator[None]:
-    """Capture draws no numbers from the user's generators: torch's, Python's and NumPy's."""
+    """Capture draws no numbers from the user's generators: torch's, Python's and NumPy's.
+
+    Raises:
+        CaptureError: If user code draws from Python's or NumPy's, which cannot be seen op by op.
+    """
     python = random.getstate()
     numpy: Any = sys.modules.get("numpy")
     legacy = numpy.random.get_state() if numpy is not None else None
     try:
         with torch.random.fork_rng(devices=[]):
             yield
+        if random.getstate() != python:
+            raise _drawn_by("random")
+        if legacy is not None and pickle.dumps(numpy.random.get_state()) != pickle.dumps(legacy):
+            raise _drawn_by("numpy.random")
     finally:
         random.setstate(python)
         if legacy is not None:
             numpy.random.set_state(legacy)
+
+
+def _drawn_by(generator: str) -> CaptureError:
+    return CaptureError(
+        f"the code draws numbers from {generator}",
+        why="it runs once, when a step is captured: every inner step would see the same numbers",
+        remedy="draw them with torch (torch.rand, torch.randn, dropout), or before the call, and "
+        "pass them in the batch",
+    )
 
 
 def check_hooks(problem: Problem) -> None:
@@ -246,10 +264,14 @@ def swapped(
     tensors.update({prefix + name: tensor for name, tensor in own.items()})
 
 
+def _name_of(problem: Problem, loss: Loss) -> str:
+    """What errors call a loss."""
+    name = str(getattr(loss, "__name__", type(loss).__name__))
+    return f"{name} (val_loss)" if loss is not problem.loss else name
+
+
 def _scalar(value: Any, problem: Problem, loss: Loss) -> Tensor:
-    name = getattr(loss, "__name__", type(loss).__name__)
-    if loss is problem.val_loss and loss is not problem.loss:
-        name += " (val_loss)"
+    name = _name_of(problem, loss)
     if not isinstance(value, Tensor):
         raise CaptureError(
             f"the loss {name} returned {type(value).__name__}, not a tensor",

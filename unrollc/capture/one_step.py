@@ -154,8 +154,7 @@ class StepRecording:
         self.attributes = start.attributes
         self.names = shared.names
         self.recorder = Recorder(SourceFinder(module_names(problem)))
-        changing = {**stock.theta, **stock.opt_state, **stock.average}
-        self.recorder.fast = {id(tensor): label for label, tensor in changing.items()}
+        self.recorder.watch({**stock.theta, **stock.opt_state, **stock.average})
         self.values: list[Value] = []
 
     def capture(
@@ -210,11 +209,7 @@ class StepRecording:
             concretes=concretes_of(
                 recorder, labels_of_nodes(recorder, self.values, lifted), counted
             ),
-            cuts=tuple(
-                Cut(tuned_by(guard.node), guard.source)
-                for guard in recorder.guards
-                if not guard.truth
-            ),
+            cuts=_cuts(recorder),
             tuned=tuned,
             zero_tests=tuple(recorder.zero_tests),
             branches=_branches(recorder),
@@ -301,12 +296,39 @@ class StepRecording:
         after = {**theta, **extra, **after}
         if self.problem.grad_transform is not None:
             hooked = run_user_transform(self.problem, stock, recorder, after, hooked)
+        layout, state, theta = self._update(tensors, after, hooked)
+        average = {label: after.pop(label) for label in stock.average}
+        if average:
+            average = run_user_average(self.problem, stock, recorder, after, average)
+        return {
+            "average": average,
+            "theta": theta,
+            "state": state,
+            "buffers": {label: after[label] for label in stock.buffers},
+            "loss": loss,
+            "gradients": gradient_nodes,
+            "extra": {k: g for k, g in extra_gradients.items() if not self._is_filled(g)},
+            "layout": layout,
+        }
+
+    def _update(
+        self, tensors: dict[str, Tensor], after: dict[str, Tensor], gradients: dict[str, Tensor]
+    ) -> tuple[Layout, dict[str, Tensor], dict[str, Tensor]]:
+        """The optimizer's step with its hooks and networks: layout, state and θ after it.
+
+        Args:
+            tensors: All inputs of the step.
+            after: Parameters and buffers after the forward pass; buffers that the step changes
+                are updated in it.
+            gradients: What the optimizer finds in ``.grad``.
+        """
+        recorder, stock = self.recorder, self.stock
         frozen = {
             stock.owners[id(parameter)]
             for group in self.problem.opt.param_groups
             for parameter in group["params"]
-        } - set(theta)
-        held = {label: tensors[label] for label in (*theta, *frozen)}
+        } - set(stock.theta)
+        held = {label: tensors[label] for label in (*stock.theta, *frozen)}
         known = {**held, **{label: tensors[label] for label in (*self.state, *stock.hyper)}}
         hyper = {label: tensors[label] for label in stock.hyper}
         # Hooks swap by themselves, the fast weights included.
@@ -323,24 +345,12 @@ class StepRecording:
                 self.layout,
                 stock.owners,
                 known,
-                hooked,
+                gradients,
                 stock.hyper,
                 self.shared.manner,
             )
         after.update(own)
-        average = {label: after.pop(label) for label in stock.average}
-        if average:
-            average = run_user_average(self.problem, stock, recorder, after, average)
-        return {
-            "average": average,
-            "theta": {label: known[label] for label in theta},
-            "state": state,
-            "buffers": {label: after[label] for label in stock.buffers},
-            "loss": loss,
-            "gradients": gradient_nodes,
-            "extra": {k: g for k, g in extra_gradients.items() if not self._is_filled(g)},
-            "layout": layout,
-        }
+        return layout, state, {label: known[label] for label in stock.theta}
 
     def _is_filled(self, gradient: Tensor) -> bool:
         """Whether `torch.func.grad` filled in zeros for a tensor that the loss does not reach."""
@@ -373,6 +383,12 @@ class StepRecording:
         for label, tensor in results["extra"].items():
             add(Role.GRADIENT, label, tensor, roles[label])
         return found
+
+
+def _cuts(recorder: Recorder) -> tuple[Cut, ...]:
+    """The numbers that Python took from tensors."""
+    numbers = [guard for guard in recorder.guards if not guard.truth]
+    return tuple(Cut(tuned_by(guard.node), guard.source) for guard in numbers)
 
 
 def _branches(recorder: Recorder) -> tuple[Branch, ...]:

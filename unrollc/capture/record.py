@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,6 +107,7 @@ class Recorder(TorchDispatchMode):
         self.guards: list[Guard] = []
         self.nonzero: frozenset[str] = frozenset()
         self.fast: dict[int, str] = {}
+        self._fast_memory: dict[int | None, str] = {}
         self.stale: dict[int, str] = {}
         self.compiling = False
         self.zero_tests: list[tuple[str, Source | None]] = []
@@ -133,6 +134,12 @@ class Recorder(TorchDispatchMode):
         if concrete is not None and concrete.numel() <= _CONCRETE_NUMEL:
             self.concrete[node] = concrete.detach().cpu()
         return fake
+
+    def watch(self, fast: Mapping[str, Tensor]) -> None:
+        """Refuse code that reads one of these tensors, or their memory, from outside."""
+        self.fast = {id(tensor): label for label, tensor in fast.items()}
+        self._fast_memory = {memory_of(tensor): label for label, tensor in fast.items()}
+        self._fast_memory.pop(None, None)
 
     def node_of(self, tensor: Tensor) -> fx.Node | None:
         """The node that stands for `tensor`, whatever wrappers it wears."""
@@ -280,8 +287,11 @@ class Recorder(TorchDispatchMode):
         if isinstance(tensor, FakeTensor):
             assert self.origin is None, "a fake tensor of unknown origin reached the recorder"
             raise refusals.of_another_step(self._line())
-        if id(tensor) in self.fast:
-            raise refusals.behind_the_back(self.fast[id(tensor)], self._line())
+        label = self.fast.get(id(tensor))
+        if label is None and self._fast_memory:
+            label = self._fast_memory.get(memory_of(tensor))
+        if label is not None:
+            raise refusals.behind_the_back(label, self._line())
         fake = self.input(f"lifted_{len(self.lifted)}", tensor)
         node = self._nodes[id(fake)]
         self.lifted.append((tensor, node))
@@ -421,6 +431,15 @@ class Recorder(TorchDispatchMode):
             yield
         finally:
             self.declaring = before
+
+
+def memory_of(tensor: Tensor) -> int | None:
+    """What tensors that share their memory have in common; None where there is no memory."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    traced = wrapped or isinstance(tensor, FakeTensor | FunctionalTensor)
+    if traced or tensor.layout is not torch.strided or tensor.device.type == "meta":
+        return None
+    return tensor.untyped_storage().data_ptr() or None
 
 
 def _may_move(node: fx.Node) -> bool:

@@ -52,8 +52,9 @@ def behind_the_back(label: str, where: Source | None) -> CaptureError:
         f"the code reads {label} behind the model's back",
         where=where,
         why="it changes from step to step; a reference from outside (an attribute of "
-        "the optimizer, say) would see its initial value at every step",
-        remedy="reach it through the model or through optimizer.param_groups",
+        "the optimizer, a view, a detached alias) would see its initial value at every step",
+        remedy="reach it through the model or through optimizer.param_groups, or clone() it where "
+        "the initial value is meant",
     )
 
 

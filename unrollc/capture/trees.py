@@ -170,15 +170,28 @@ def _parts(value: Any) -> tuple[tuple[Any, ...], tuple[Any, ...], Any] | None:
         if len(value) > _LONGEST:
             return None
         return tuple(range(len(value))), tuple(value), getattr(value, "maxlen", None)
-    if kind is types.MethodType and _is_plain_object(value.__self__):
+    if kind is types.MethodType and is_plain_object(value.__self__):
         return ("function", "self"), (value.__func__, value.__self__), None
-    if _is_plain_object(value):
-        attributes = {k: getattr(value, k) for k in _slots(kind) if hasattr(value, k)}
-        attributes |= getattr(value, "__dict__", {})
+    if is_plain_object(value):
+        attributes = attributes_of(value)
         if isinstance(value, torch.optim.Optimizer):
             attributes.pop("step", None)  # a scheduler's wrapper, bound to the user's own
         return tuple(attributes), tuple(attributes.values()), None
     return None
+
+
+def attributes_of(value: Any) -> dict[str, Any]:
+    """The attributes of a plain object, those in slots included."""
+    slots = {name: getattr(value, name) for name in _slots(type(value)) if hasattr(value, name)}
+    return slots | getattr(value, "__dict__", {})
+
+
+def set_attribute(value: Any, name: str, item: Any) -> None:
+    """Set an attribute of a plain object, whatever its class makes of assignments."""
+    if name in _slots(type(value)):
+        object.__setattr__(value, name, item)
+    else:
+        vars(value)[name] = item
 
 
 def _slots(kind: type) -> list[str]:
@@ -191,7 +204,7 @@ def _slots(kind: type) -> list[str]:
 _NEW: Any = object.__new__
 
 
-def _is_plain_object(value: Any) -> bool:
+def is_plain_object(value: Any) -> bool:
     """Whether an object is nothing but its attributes."""
     kind = type(value)
     return (
@@ -245,12 +258,8 @@ def rebuild(
     value = made[tree.name] = onto if present else _empty(tree)
     items = inside()
     if not isinstance(value, dict | list | deque | set):
-        fixed_names = _slots(tree.kind)
         for key, item in zip(tree.keys, items, strict=True):
-            if key in fixed_names:
-                object.__setattr__(value, key, item)
-            else:
-                vars(value)[key] = item
+            set_attribute(value, key, item)
         return value
     value.clear()
     if isinstance(value, dict):

@@ -49,8 +49,7 @@ def _recorded(
 ) -> tuple[StepGraph, Loop]:
     recorder = Recorder(SourceFinder(module_names(problem)))
     recorder.compiling = compiling
-    changing = {**stock.theta, **stock.average}
-    recorder.fast = {id(tensor): label for label, tensor in changing.items()}
+    recorder.watch({**stock.theta, **stock.average})
     groups = _inputs(stock, val, loop, averaged := _averaged(problem))
     values = [Value(role, k, names(k)) for role, tensors in groups for k in tensors]
     examples = [tensor for _, tensors in groups for tensor in tensors.values()]
