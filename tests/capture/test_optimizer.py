@@ -6,7 +6,7 @@ What is captured is held against the real optimizers in `tests/optimizers/`.
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -28,10 +28,13 @@ REAL = torch.tensor(3.0)
 PLAIN = {"max": max, "min": min, "sqrt": math.sqrt}
 
 
+#: What the step below sees. A method of a list, because a step may not change values it refers to.
+SEEN: list[Any] = []
+note = SEEN.append
+
+
 class Watching(torch.optim.Adafactor):
     """Looks at Python's own functions while its step is captured; may fail there."""
-
-    seen: ClassVar[list[Any]] = []
 
     def __init__(self, params: Any, fail: bool) -> None:
         super().__init__(params, lr=0.1)
@@ -39,12 +42,12 @@ class Watching(torch.optim.Adafactor):
 
     def step(self, closure: Any = None) -> None:
         size = self.param_groups[0]["params"][0].square().sum()
-        self.seen.append(max(1.0, size))
+        note(max(1.0, size))
         with ThreadPoolExecutor(1) as other:
-            self.seen.append(other.submit(max, 1.0, REAL).result())
-            self.seen.append(other.submit(math.sqrt, REAL).result())
-        self.seen.append(max([2, 5, 3], key=lambda x: -x))
-        self.seen.append(math.sqrt(size))
+            note(other.submit(max, 1.0, REAL).result())
+            note(other.submit(math.sqrt, REAL).result())
+        note(max([2, 5, 3], key=lambda x: -x))
+        note(math.sqrt(size))
         if self.fail:
             raise ValueError("on purpose")
         super().step()
@@ -55,7 +58,7 @@ def test_pythons_functions_are_put_back(fail: bool) -> None:
     """``max``, ``min`` and `math` take traced numbers in the thread that captures, and then."""
     model = MLP()
     opt = Watching(model.parameters(), fail)
-    opt.seen.clear()
+    SEEN.clear()
     train = cases.batches(SHAPE, 2, seed=1)
     program = unrollc.compile(model, opt, F.cross_entropy)
     if fail:
@@ -64,7 +67,7 @@ def test_pythons_functions_are_put_back(fail: bool) -> None:
     else:
         program.lower(train, unstack(train)[0])
     assert {"max": max, "min": min, "sqrt": math.sqrt} == PLAIN
-    traced, elsewhere, root, plain, traced_root = opt.seen[:5]
+    traced, elsewhere, root, plain, traced_root = SEEN[:5]
     assert isinstance(traced, Tensor) and elsewhere is REAL and plain == 2
     assert root == 3.0**0.5 and isinstance(traced_root, Tensor)
 
