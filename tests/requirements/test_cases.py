@@ -680,3 +680,41 @@ def test_what_a_convolution_hands_on_depends_on_what_is_asked_of_it() -> None:
     _KNOWN.clear()
     assert status(nn.Conv2d(1, 2, 1)) == "exists"
     assert status(nn.Conv2d(1, 2, 1), nn.Conv2d(2, 2, 1)) == "exists"
+
+
+class Tested(Descent):
+    """A step that asks about a hyperparameter where its branches do not meet smoothly."""
+
+    test: Callable[[Any], Any]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            factor = group["factor"]
+            for param in group["params"]:
+                direction = param.grad * (1 + 0.1 * factor)
+                if self.test(factor):
+                    direction = direction + (factor - factor.detach().round()) * param
+                param.sub_(0.1 * direction)
+
+
+@pytest.mark.parametrize(
+    ("value", "test", "status"),
+    [
+        (0.0, lambda h: abs(h) > 0, "undefined"),
+        (1.0, lambda h: h != 1, "undefined"),
+        (1.0, lambda h: h < 1, "undefined"),
+        (1.0, lambda h: h >= torch.tensor(1.0), "undefined"),
+        (1.5, lambda h: h != 1, "exists"),
+        (0.0, lambda h: h < 0, "exists"),  # asks whether h is in bounds
+        (0.0, lambda h: h != 0, "exists"),  # both branches are captured
+    ],
+)
+def test_a_value_on_the_boundary_of_a_test_is_undefined(
+    value: float, test: Callable[[Any], Any], status: str
+) -> None:
+    factor = tensor(value)
+    kind = type("Tested", (Tested,), {"test": staticmethod(test)})
+    found = check(optimizer=lambda p: kind(p, by_gradient, factor=factor))[factor]
+    assert found.status == status
+    assert status == "exists" or ("boundary" in found.reason and "if self.test" in str(found.where))

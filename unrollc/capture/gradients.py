@@ -20,7 +20,7 @@ from unrollc.capture.foreach import ForeachAsLoops
 from unrollc.capture.model import in_place_of_users
 from unrollc.capture.numbers import numbers_stay_tensors
 from unrollc.capture.outside import NoOutsideWrites
-from unrollc.capture.problem import Objective, Problem, Stock
+from unrollc.capture.problem import Loss, Objective, Problem, Stock
 from unrollc.capture.record import Recorder
 from unrollc.capture.scalars import ScalarSlots
 from unrollc.errors import CaptureError
@@ -105,9 +105,9 @@ def steady(
 
 
 @contextlib.contextmanager
-def steady_loss(problem: Problem) -> Iterator[None]:
+def steady_loss(problem: Problem, loss: Loss) -> Iterator[None]:
     """Refuse a loss that changes Python values; the attributes of modules are carried."""
-    loss = problem.loss.fn if isinstance(problem.loss, Objective) else problem.loss
+    loss = loss.fn if isinstance(loss, Objective) else loss
     known = [child for module in problem.modules.values() for child in module.modules()]
     parts = [] if isinstance(loss, nn.Module) else [loss]
     with steady(lambda: parts, "the loss", "a buffer or an attribute of the model", known):

@@ -16,15 +16,18 @@ from typing import Any
 
 from torch import Tensor
 
+from unrollc.capture import refusals
 from unrollc.capture.assemble import Concretes, assemble_graph, closure_label, same_graph
 from unrollc.capture.attributes import Attributes, read_attributes
 from unrollc.capture.batches import Batches
 from unrollc.capture.garbage import collection_paused
+from unrollc.capture.kind import Kind, Shared, Start
 from unrollc.capture.layout import Layout, Manner, changed_numbers
 from unrollc.capture.model import captured
 from unrollc.capture.naming import Names
-from unrollc.capture.one_step import Kind, Shared, Start, StepRecording
+from unrollc.capture.one_step import StepRecording
 from unrollc.capture.problem import PerStep, Problem, Stock, read_again
+from unrollc.capture.record import memory_of
 from unrollc.capture.zero_branch import same_start, through_zero_branch
 from unrollc.errors import CaptureError, InputError
 from unrollc.step import Role, StepGraph
@@ -247,7 +250,7 @@ def _capture_with(
             start = Start(layout, state, tuned, attributes)
             recording = functools.partial(StepRecording, problem, stock, start, shared)
             record = functools.partial(_record, recording, train, step, concrete)
-            graph, kind = through_zero_branch(record, requested, stock, train.at(step))
+            graph, kind = through_zero_branch(record, requested, stock, train.at(step), step)
             if found := changed_numbers(kind.before, kind.after):
                 return Moving(found, raw[kinds[0].graph] if kinds else graph)
             kinds.append(replace(kind, graph=_numbered(raw, graph), batch=batch))
@@ -263,8 +266,10 @@ def _capture_with(
         for later in range(step, last):
             seen = {**_at_step(scalars, later), **known, **_given([kind], shared, train, later)}
             known = {k: known[k] for k in stock.hyper if k in known} | kind.concretes.advance(seen)
+    steps = _with_settled_state(raw, stock)
+    _check_views(steps, stock, shared.lifted)
     return Loop(
-        steps=_with_settled_state(raw, stock),
+        steps=steps,
         sequence=tuple(kinds[index].graph for index in sequence),
         kinds=tuple(kinds),
         kind_sequence=tuple(sequence),
@@ -274,6 +279,16 @@ def _capture_with(
         known=known,
         manner=shared.manner,
     )
+
+
+def _check_views(steps: tuple[StepGraph, ...], stock: Stock, lifted: list[Tensor]) -> None:
+    """Refuse tensors from outside that lie in the memory of a buffer that steps change."""
+    changing = {value.label for value, _ in steps[0].outputs_with(Role.BUFFER)}
+    memories = {memory_of(stock.buffers[label]): label for label in changing & set(stock.buffers)}
+    memories.pop(None, None)
+    for tensor in lifted:
+        if (label := memories.get(memory_of(tensor))) is not None:
+            raise refusals.behind_the_back(label, None)
 
 
 def _numbered(known: list[StepGraph], graph: StepGraph) -> int:

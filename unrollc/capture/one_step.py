@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from unrollc.capture.assemble import (
-    Concretes,
     assemble,
     closure_label,
     concretes_of,
     labels_of_nodes,
 )
-from unrollc.capture.attributes import Attributes, Carried
+from unrollc.capture.attributes import Carried
 from unrollc.capture.averaging import run_user_average
 from unrollc.capture.batches import Batches
 from unrollc.capture.fingerprint import step_hooks_of
 from unrollc.capture.gradients import run_user_transform, steady_loss
-from unrollc.capture.layout import Layout, Manner
+from unrollc.capture.kind import Kind, Shared, Start, branches_of, cuts_of, tuned_by
+from unrollc.capture.layout import Layout
 from unrollc.capture.model import (
     capturing,
     explained,
@@ -30,119 +29,13 @@ from unrollc.capture.model import (
     module_names,
     with_parameter_hooks,
 )
-from unrollc.capture.naming import Names
 from unrollc.capture.networks import running
 from unrollc.capture.optimizer import run_user_update
 from unrollc.capture.problem import PerStep, Problem, Stock
 from unrollc.capture.record import Recorder
 from unrollc.capture.source import SourceFinder
 from unrollc.capture.step_hooks import step_hooks
-from unrollc.errors import Source
 from unrollc.step import STATE_ROLES, Phase, Role, StepGraph, Value
-
-
-@dataclass(frozen=True)
-class Cut:
-    """A meta-parameter whose value Python read, so that its gradient is lost.
-
-    Attributes:
-        labels: Labels of the hyperparameters and closure tensors that the value depends on.
-        source: The line that read it.
-        reason: How it lost the gradient.
-    """
-
-    labels: tuple[str, ...]
-    source: Source | None
-    reason: str = "its value is turned into a Python number, which cuts its gradient"
-
-
-@dataclass(frozen=True)
-class Branch:
-    """A test of a hyperparameter that decided which code was captured.
-
-    Attributes:
-        labels: Labels of the hyperparameters that the test depends on.
-        source: Its line.
-        outcome: What it came to.
-        assumed: Whether it came to that for a hyperparameter that is exactly zero, where both
-            branches compute the same (see `zero_branch`).
-    """
-
-    labels: tuple[str, ...]
-    source: Source | None
-    outcome: bool
-    assumed: bool
-
-
-@dataclass(frozen=True)
-class Kind:
-    """One captured step and the conditions under which it stands for another.
-
-    Attributes:
-        graph: Index into `Loop.steps`.
-        before, after: The optimizer's layout.
-        batch: Shapes and dtypes of the batch.
-        state: Example tensors of the optimizer state after the step.
-        concretes: Guards and counters as functions of known scalars.
-        cuts: Gradients that the captured Python code lost.
-        tuned: Known scalars after the step that tensor hyperparameters had a part in, with the
-            labels of these.
-        zero_tests: Hyperparameters that are exactly zero where the code asks whether they are.
-        branches: Tests of hyperparameters, with their outcome.
-        attributes: Python attributes of the modules before and after.
-    """
-
-    graph: int
-    before: Layout
-    after: Layout
-    batch: tuple[Any, ...]
-    state: dict[str, Tensor]
-    concretes: Concretes
-    cuts: tuple[Cut, ...]
-    tuned: dict[str, tuple[str, ...]]
-    zero_tests: tuple[tuple[str, Source | None], ...]
-    branches: tuple[Branch, ...]
-    attributes: Carried
-
-    @property
-    def settled(self) -> bool:
-        """Whether the next step starts as this one did."""
-        unchanged = self.attributes.before.description == self.attributes.after.description
-        return self.before == self.after and not self.concretes.guards and unchanged
-
-
-@dataclass(frozen=True)
-class Start:
-    """Where a step starts from.
-
-    Attributes:
-        layout: The optimizer's layout.
-        state: Example tensors of its state.
-        tuned: Known scalars of the state that hyperparameters had a part in (`Kind.tuned`).
-        attributes: Python attributes of the modules.
-    """
-
-    layout: Layout
-    state: Mapping[str, Tensor]
-    tuned: Mapping[str, tuple[str, ...]]
-    attributes: Attributes
-
-
-@dataclass(frozen=True)
-class Shared:
-    """What all captures of a loop share.
-
-    Attributes:
-        extra: Labels of tensors besides θ whose inner-loss gradient is recorded as well.
-        names: Identifiers for labels.
-        lifted: Tensors from outside found so far; captures append to it.
-        manner: How the optimizer is captured.
-    """
-
-    extra: tuple[str, ...]
-    names: Names
-    lifted: list[Tensor]
-    manner: Manner
 
 
 class StepRecording:
@@ -209,10 +102,10 @@ class StepRecording:
             concretes=concretes_of(
                 recorder, labels_of_nodes(recorder, self.values, lifted), counted
             ),
-            cuts=_cuts(recorder),
+            cuts=cuts_of(recorder),
             tuned=tuned,
             zero_tests=tuple(recorder.zero_tests),
-            branches=_branches(recorder),
+            branches=branches_of(recorder),
             attributes=carried,
         )
         return graph, kind
@@ -283,7 +176,7 @@ class StepRecording:
         def batch(wrapped: Mapping[str, Tensor]) -> Any:
             return pytree.tree_unflatten([wrapped[label] for label in train.labels], train.spec)
 
-        with steady_loss(self.problem):
+        with steady_loss(self.problem, self.problem.loss):
             gradients, extra_gradients, loss, after = inner_gradient(
                 self.problem, stock, recorder, theta, extra, rest, batch
             )
@@ -383,33 +276,3 @@ class StepRecording:
         for label, tensor in results["extra"].items():
             add(Role.GRADIENT, label, tensor, roles[label])
         return found
-
-
-def _cuts(recorder: Recorder) -> tuple[Cut, ...]:
-    """The numbers that Python took from tensors."""
-    numbers = [guard for guard in recorder.guards if not guard.truth]
-    return tuple(Cut(tuned_by(guard.node), guard.source) for guard in numbers)
-
-
-def _branches(recorder: Recorder) -> tuple[Branch, ...]:
-    """The truth values that Python took from hyperparameters, each line once."""
-    assumed = [Branch(tuned_by(g.node), g.source, bool(g.value), True) for g in recorder.assumed]
-    lines = {branch.source for branch in assumed}
-    found = [
-        Branch(tuned_by(guard.node), guard.source, bool(guard.value), False)
-        for guard in recorder.guards
-        if guard.truth and guard.source not in lines
-    ]
-    return tuple(dict.fromkeys(branch for branch in (*assumed, *found) if branch.labels))
-
-
-def tuned_by(node: fx.Node) -> tuple[str, ...]:
-    """Labels of the tensor hyperparameters that a known scalar depends on."""
-    stack, seen, labels = [node], set(), set()
-    while stack:
-        current = stack.pop()
-        if current not in seen:
-            seen.add(current)
-            labels.update(current.meta.get("hyper", ()))
-            stack.extend(current.all_input_nodes)
-    return tuple(sorted(labels))

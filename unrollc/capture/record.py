@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,18 +29,13 @@ from unrollc.capture import refusals
 from unrollc.capture.functional import RecordedFunctionalization, from_functional
 from unrollc.capture.nests import is_continuous, map_tensors, tensors_in
 from unrollc.capture.noise import as_noise
+from unrollc.capture.reading import CONCRETE_NUMEL, Guard, follow, read_number
 from unrollc.capture.source import SourceFinder
 from unrollc.capture.strided import scatter_strided
 from unrollc.errors import Source
 from unrollc.step import Noise, Phase, placeholder
 
 aten = torch.ops.aten
-
-#: Comparisons with zero whose answer is another one for a small positive number.
-_ZERO_TESTS = (aten.ne.Scalar, aten.eq.Scalar, aten.gt.Scalar, aten.le.Scalar)
-
-#: Concrete values are followed through ops on tensors of at most this many elements.
-_CONCRETE_NUMEL = 16
 
 
 def _storage_numel(tensor: Tensor) -> int:
@@ -55,19 +49,6 @@ _FACTS: dict[Any, Callable[..., Any]] = {
     aten.is_same_size.default: lambda x, y: x.shape == y.shape,
     aten._has_same_storage_numel.default: lambda x, y: _storage_numel(x) == _storage_numel(y),
 }
-
-
-@dataclass(frozen=True)
-class Guard:
-    """A concrete number that the captured Python code took from a tensor.
-
-    The graph is valid only for inputs under which `node` has `value` again.
-    """
-
-    node: fx.Node
-    value: float | int | bool | list[int]
-    source: Source | None
-    truth: bool
 
 
 class Recorder(TorchDispatchMode):
@@ -131,7 +112,7 @@ class Recorder(TorchDispatchMode):
                 example.shape, example.stride(), dtype=example.dtype, device=example.device
             )
         node = self._placeholder(name, fake)
-        if concrete is not None and concrete.numel() <= _CONCRETE_NUMEL:
+        if concrete is not None and concrete.numel() <= CONCRETE_NUMEL:
             self.concrete[node] = concrete.detach().cpu()
         return fake
 
@@ -207,7 +188,7 @@ class Recorder(TorchDispatchMode):
         if (fact := _FACTS.get(func)) is not None:
             return fact(*args)
         if func is aten._local_scalar_dense.default:
-            return self._read_number(args[0])
+            return read_number(self, args[0])
         if func in (aten.lift_fresh.default, aten.lift_fresh_copy.default):
             return self._constant(args[0])
         args, kwargs = map_tensors(self._known, (args, kwargs))
@@ -248,7 +229,7 @@ class Recorder(TorchDispatchMode):
         node.meta["val"] = result
         if func is aten.zeros_like.default and self.phase is Phase.GRADIENT:
             node.meta["filled"] = torch._C._current_autograd_node() is None
-        self._follow(node, func, args, kwargs)
+        follow(self, node, func, args, kwargs)
         made = [node]
         if isinstance(result, Tensor):
             self._remember(result, node)
@@ -321,69 +302,6 @@ class Recorder(TorchDispatchMode):
         self.noise.append((noise, node))
         with self:
             return finish(fake)
-
-    # -- numbers that Python reads ----------------------------------------------------------
-
-    def _follow(self, node: fx.Node, func: Any, args: Any, kwargs: Any) -> None:
-        """Compute `node` on concrete values as well, where all its inputs have one."""
-        tensors = tensors_in((args, kwargs))
-        if not all(self._nodes[id(tensor)] in self.concrete for tensor in tensors):
-            return
-        results = tensors_in(node.meta["val"])
-        if any(x.numel() > _CONCRETE_NUMEL for x in results):
-            return
-        if not tensors and any(x.dim() for x in results):
-            return
-        real_args, real_kwargs = map_tensors(
-            lambda tensor: self.concrete[self._nodes[id(tensor)]], (args, kwargs)
-        )
-        real_kwargs = {**real_kwargs, **({"device": "cpu"} if "device" in real_kwargs else {})}
-        with torch._C._DisableTorchDispatch():
-            self.concrete[node] = func(*real_args, **real_kwargs)
-
-    def _read_number(self, tensor: Tensor) -> float | int | bool:
-        node = self._nodes.get(id(tensor))
-        if node is None:  # a real tensor of the user's: its value is part of the captured code
-            self._known(tensor)
-            node = self._nodes[id(self._known(tensor))]
-            self.concrete[node] = tensor.detach().cpu()
-        source = self._line()
-        if (label := self._zero_tested(node)) is not None:
-            self.zero_tests.append((label, source))
-            if label in self.nonzero:
-                return self._as_if_positive(node, source)
-        if node not in self.concrete:
-            raise refusals.value_of_data(source)
-        value = self.concrete[node].item()
-        self.guards.append(Guard(node, value, source, truth=isinstance(value, bool)))
-        return value
-
-    def _zero_tested(self, node: fx.Node) -> str | None:
-        """The hyperparameter that ``x != 0``, ``x > 0`` and the like ask about, if it is exactly 0.
-
-        The answer changes where it becomes positive; ``x < 0`` and ``x >= 0`` keep theirs.
-        """
-        if node.target not in _ZERO_TESTS or node.args[1] != 0:
-            return None
-        tested: Any = node.args[0]
-        labels = tested.meta.get("hyper", ())
-        if tested.op != "placeholder" or len(labels) != 1 or tested not in self.concrete:
-            return None
-        return str(labels[0]) if not self.concrete[tested].any() else None
-
-    def _as_if_positive(self, test: fx.Node, source: Source | None) -> bool:
-        """The answer of a test ``x != 0`` or ``x > 0`` for a positive x.
-
-        It stays so as long as x is not negative, which is guarded where the answer would change.
-        """
-        if test.target in (aten.gt.Scalar, aten.le.Scalar):
-            tested: Any = test.args[0]
-            negative = self.graph.call_function(aten.lt.Scalar, (tested, 0))
-            self.concrete[negative] = self.concrete[tested] < 0
-            self.guards.append(Guard(negative, False, source, truth=True))
-        answer = test.target in (aten.ne.Scalar, aten.gt.Scalar)
-        self.assumed.append(Guard(test, answer, source, truth=True))
-        return answer
 
     # -- lines and stopped gradients ----------------------------------------------------------
 

@@ -17,6 +17,7 @@ from unrollc.capture.assemble import (
 )
 from unrollc.capture.averaging import averaged_labels
 from unrollc.capture.batches import Batches
+from unrollc.capture.gradients import steady_loss
 from unrollc.capture.loop import Loop
 from unrollc.capture.model import captured, capturing, explained, module_names, run_user_loss
 from unrollc.capture.naming import Names
@@ -76,7 +77,11 @@ def _recorded(
         loss: Tensor = torch.func.grad_and_value(evaluate)(theta, tensors)[1]
         return loss
 
-    with capturing(problem, recorder, loop.attributes), explained("the validation loss"):
+    with (
+        capturing(problem, recorder, loop.attributes),
+        explained("the validation loss"),
+        steady_loss(problem, problem.val_loss),
+    ):
         loss = recorder.run(run_user_validation, inputs)
     node = recorder.node_of(loss)
     assert node is not None

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from unrollc.capture.record import Guard, Recorder
+from unrollc.capture.reading import Guard
+from unrollc.capture.record import Recorder
 from unrollc.errors import CaptureError
 
 

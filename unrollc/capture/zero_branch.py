@@ -18,8 +18,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, fx
 
+from unrollc.capture.kind import Cut, Kind
 from unrollc.capture.layout import Layout
-from unrollc.capture.one_step import Cut, Kind
 from unrollc.capture.problem import PerStep, Stock
 from unrollc.errors import CaptureError
 from unrollc.step import STATE_ROLES, Role, StepGraph, Value
@@ -28,7 +28,7 @@ Record = Callable[[frozenset[str]], tuple[StepGraph, Kind]]
 
 
 def through_zero_branch(
-    record: Record, requested: frozenset[str], stock: Stock, batch: Sequence[Tensor]
+    record: Record, requested: frozenset[str], stock: Stock, batch: Sequence[Tensor], step: int
 ) -> tuple[StepGraph, Kind]:
     """Capture a step so that requested hyperparameters equal to zero keep their gradient.
 
@@ -37,7 +37,9 @@ def through_zero_branch(
         requested: Hyperparameters whose gradient is asked for.
         stock: The user's tensors.
         batch: The step's batch.
+        step: Its number.
     """
+    stock = replace(stock, hyper={k: _at(v, step) for k, v in stock.hyper.items()})
     graph, kind = record(frozenset())
     hidden = {label: source for label, source in kind.zero_tests if label in requested}
     if not hidden:
@@ -57,11 +59,16 @@ def through_zero_branch(
             (label,),
             source,
             "it is exactly zero, and the branch that is skipped there computes something else",
+            "start it away from 0, or leave it out: pass meta=[...]",
         )
         for label, source in hidden.items()
         if label not in taken
     )
     return best[0], replace(best[1], cuts=(*best[1].cuts, *cuts))
+
+
+def _at(value: Tensor | PerStep, step: int) -> Tensor:
+    return value.per_step[step] if isinstance(value, PerStep) else value
 
 
 def _extends(more: Layout, less: Layout) -> bool:
@@ -133,7 +140,7 @@ def _values(
         **stock.buffers,
         **stock.average,
         **stock.context,
-        **{k: v.per_step[0] if isinstance(v, PerStep) else v for k, v in stock.hyper.items()},
+        **{label: _at(value, 0) for label, value in stock.hyper.items()},
     }
     batches = iter(batch)
     values: dict[str, Tensor] = {}

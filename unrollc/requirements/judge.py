@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx
 
-from unrollc.capture.one_step import Cut
+from unrollc.capture.kind import Cut
 from unrollc.errors import Source
 from unrollc.requirements.dependence import CutOp, Key, minimal_cut
 from unrollc.requirements.edges import SHAPE_ONLY
@@ -117,8 +117,7 @@ def _ruling(parameter: MetaParameter, facts: Facts, a: Finding, b: Finding) -> _
     # Code may read a loss's tensor to print it; a hyperparameter is read to compute with it.
     if parameter.label in facts.cuts and (parameter.role is Role.HYPER or not reached):
         cut = facts.cuts[parameter.label]
-        remedy = _ZERO_REMEDY if "exactly zero" in cut.reason else _PYTHON_REMEDY
-        return _Ruling("undefined", cut.reason, cut.source, remedy)
+        return _Ruling("undefined", cut.reason, cut.source, cut.remedy)
     if not reached:
         return _severed(parameter, facts, a, b)
     for graph, edges in zip(facts.graphs.all, facts.undefined, strict=True):
@@ -225,8 +224,6 @@ _UNREAD = (
 )
 _ONLY_STATE = "it reaches optimizer state alone, which no later step hands on to the weights"
 _I_REMEDY = "use a differentiable validation loss of the adapted weights (a proxy metric)"
-_PYTHON_REMEDY = "keep it a tensor (x ** 0.5 for math.sqrt(x), no float() or .item()), away from 0"
-_ZERO_REMEDY = "start it away from 0, or leave it out: pass meta=[...]"
 _CONTINUOUS_REMEDY = "make it a floating-point tensor, or leave it out of meta="
 _SINGULAR_REMEDY = "start from a value at which the derivative exists, or add a small constant"
 _SCALE_REMEDY = "remove the normalisation, or leave the parameter out: pass meta=[...]"

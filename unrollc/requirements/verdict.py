@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from unrollc.capture.one_step import Branch
+from unrollc.capture.kind import Branch
 from unrollc.errors import RequirementError, Source
 from unrollc.requirements.dependence import CutOp
 from unrollc.requirements.kinks import Kink
