@@ -14,6 +14,7 @@ import sys
 import torch
 from rich.progress import track
 
+from docs.pages import write_or_compare
 from tests.optimizers.configurations import COLUMNS, Configuration, configurations, evaluate
 
 PAGE = pathlib.Path(__file__).parent / "optimizers.md"
@@ -64,12 +65,7 @@ def main(arguments: list[str]) -> int:
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
     text = page()
-    if "--check" in arguments:
-        same = PAGE.read_text(encoding="utf-8") == text
-        print("up to date" if same else f"{PAGE.name} differs from what is generated")
-        return 0 if same else 1
-    PAGE.write_text(text, encoding="utf-8")
-    return 0
+    return write_or_compare(PAGE, text, arguments)
 
 
 if __name__ == "__main__":

@@ -158,6 +158,30 @@ def test_a_loss_that_counts_is_refused() -> None:
     *train, val = classes(3)
     with pytest.raises(unrollc.CaptureError, match="the loss changes Python values"):
         unrollc.compile(model, opt, loss).lower(train, val)
+    program = unrollc.compile(model, opt, nn.functional.cross_entropy, val_loss=loss)
+    with pytest.raises(unrollc.CaptureError, match="the loss changes Python values"):
+        program.lower(train, val)
+
+
+class Viewed(Linear):
+    """Reads a buffer that it changes through a view of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(2))
+        self.view = self.count[:1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        return self.layer(x) / (1 + self.view)
+
+
+def test_a_view_of_a_buffer_that_changes_is_refused() -> None:
+    model = Viewed()
+    opt, _ = held(model, momentum)
+    *train, val = classes(3)
+    with pytest.raises(unrollc.CaptureError, match="reads count behind the model's back"):
+        unrollc.compile(model, opt, nn.functional.cross_entropy).lower(train, val)
 
 
 @pytest.mark.parametrize("kind", [Alternating, Decided, Remembering, Logging])

@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import sympy
 
+from docs import generate_derivatives as generator
 from unrollc.requirements.calculus.derivation import Derivation
 from unrollc.requirements.calculus.derive import derive
 
-_GENERATOR = Path(__file__).resolve().parents[2] / "docs" / "generate_derivatives.py"
-
-
-def load_generator() -> Any:
-    """The module that writes docs/optimizer_derivatives.md."""
-    spec = importlib.util.spec_from_file_location("generate_derivatives", _GENERATOR)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-generator = load_generator()
 captured = generator.captured
 
 

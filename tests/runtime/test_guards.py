@@ -147,6 +147,23 @@ def test_a_requested_momentum_that_leaves_zero(kind: type[torch.optim.Optimizer]
             setting.check()
 
 
+@pytest.mark.parametrize("values", [(0.1, 0.0, 0.2), (0.0, 0.1, 0.0), (0.0, 0.0, 0.0)])
+def test_values_a_step_that_are_zero_at_some(values: tuple[float, ...]) -> None:
+    """Where a step's value is zero, that step's branch is looked at, at its own value."""
+    setting = Setting()
+    decays = torch.tensor(values, requires_grad=True)
+    setting.opt.param_groups[0]["weight_decay"] = unrollc.PerStep(decays)
+    result = setting.program(*setting.data())
+    train, val = setting.data()
+    per_step = {(0, "weight_decay"): decays}
+    setting.opt.param_groups[0]["weight_decay"] = decays[0]
+    expected = eager.unroll(
+        setting.model, setting.opt, F.cross_entropy, unstack(train), val, per_step=per_step
+    )
+    meta = {"decays": decays}
+    assert_close(gradients(result.loss, meta), gradients(expected.loss, meta))
+
+
 def test_the_report_says_which_branch_was_taken() -> None:
     setting = Setting()
     momentum = torch.tensor(0.9, requires_grad=True)
