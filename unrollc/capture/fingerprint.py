@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -150,12 +151,8 @@ class Fingerprint:
             return self._function(value, depth)
         if depth and has_attributes(value):
             return self._object(value, depth)
-        if (
-            not isinstance(value, Tensor)
-            and getattr(value, "nbytes", _ITEMS + 1) <= _ITEMS
-            and hasattr(value, "tobytes")
-        ):
-            return (self._identity(value), value.tobytes())  # a small array of NumPy's
+        if isinstance(value, numpy.ndarray) and value.nbytes <= _ITEMS:
+            return (self._identity(value), value.tobytes())
         return self._identity(value)
 
     def _object(self, value: Any, depth: int) -> Any:
