@@ -48,13 +48,7 @@ class Guard:
 
 
 def follow(recorder: Recorder, node: fx.Node, func: Any, args: Any, kwargs: Any) -> None:
-    """Compute `node` on concrete values as well, where all its inputs have one.
-
-    Not so for the ops of PyTorch's decompositions, which derivatives contain: they are written in
-    Python, whose kernels must not run while dispatch is off, and nobody reads numbers there.
-    """
-    if func.namespace != "aten":
-        return
+    """Compute `node` on concrete values as well, where all its inputs have one."""
     tensors = tensors_in((args, kwargs))
     if not all(recorder._nodes[id(tensor)] in recorder.concrete for tensor in tensors):
         return

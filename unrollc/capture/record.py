@@ -75,6 +75,9 @@ class Recorder(TorchDispatchMode):
         networks_running: How many forwards of an optimizer's networks are on the stack.
     """
 
+    #: Whether values of known scalars are computed along, for Python to read.
+    follows = True
+
     def __init__(self, sources: SourceFinder, fake_mode: FakeTensorMode | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.graph = fx.Graph()
@@ -229,7 +232,8 @@ class Recorder(TorchDispatchMode):
         node.meta["val"] = result
         if func is aten.zeros_like.default and self.phase is Phase.GRADIENT:
             node.meta["filled"] = torch._C._current_autograd_node() is None
-        follow(self, node, func, args, kwargs)
+        if self.follows:
+            follow(self, node, func, args, kwargs)
         made = [node]
         if isinstance(result, Tensor):
             self._remember(result, node)

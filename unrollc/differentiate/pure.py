@@ -29,6 +29,8 @@ class PureRecorder(Recorder):
     It is not where a tensor that others are views of is written to.
     """
 
+    follows = False  # no code reads numbers from a derivative
+
     def __init__(self, sources: SourceFinder) -> None:
         super().__init__(sources)
         self._sharing: Counter[int] = Counter()
@@ -69,9 +71,6 @@ class PureRecorder(Recorder):
     def _remember(self, tensor: Tensor, node: fx.Node) -> None:
         super()._remember(tensor, node)
         self._sharing[_storage(tensor)] += 1
-
-    def _follow(self, node: fx.Node, func: Any, args: Any, kwargs: Any) -> None:
-        """No code reads numbers from a derivative, so no concrete values are needed."""
 
     def _rewind(self, kept: set[fx.Node]) -> None:
         """Forget what was recorded after `kept`."""
