@@ -133,9 +133,15 @@ def cuts_of(recorder: Recorder) -> tuple[Cut, ...]:
             "start it away from the boundary, or leave it out: pass meta=[...]",
         )
         for guard in recorder.guards
-        if guard.boundary
+        if guard.boundary and _compares_with_fixed(guard.node)
     ]
     return (*numbers, *boundaries)
+
+
+def _compares_with_fixed(test: fx.Node) -> bool:
+    """Whether one side of a test moves with no hyperparameter; ``max(lr, largest_lr)`` moves both."""
+    sides = [tuned_by(side) if isinstance(side, fx.Node) else () for side in test.args]
+    return not all(sides)
 
 
 def branches_of(recorder: Recorder) -> tuple[Branch, ...]:
