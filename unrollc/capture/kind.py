@@ -139,7 +139,7 @@ def cuts_of(recorder: Recorder) -> tuple[Cut, ...]:
 
 
 def _compares_with_fixed(test: fx.Node) -> bool:
-    """Whether one side of a test moves with no hyperparameter; ``max(lr, largest_lr)`` moves both."""
+    """Whether a side of a test moves with no hyperparameter; ``max(lr, largest)`` moves both."""
     sides = [tuned_by(side) if isinstance(side, fx.Node) else () for side in test.args]
     return not all(sides)
 
