@@ -68,7 +68,7 @@ SMOOTH_VECTOR = rows(
     torch.outer({v}, {u}).sum(0) * C
     torch.zeros(3).copy_({v}) * C
     torch.einsum("i,ij->j", {v}, MIX)
-    F.normalize({v} + D.flip(0), dim=0, eps=1e-3) * C
+    F.normalize({v} + D, dim=0, eps=1e-3) * C
     {v} / (1 + {v}.square().sum())
     """,
     "v",
