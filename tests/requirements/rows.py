@@ -68,11 +68,12 @@ SMOOTH_VECTOR = rows(
     torch.outer({v}, {u}).sum(0) * C
     torch.zeros(3).copy_({v}) * C
     torch.einsum("i,ij->j", {v}, MIX)
-    F.normalize({v} + D, dim=0, eps=1e-3) * C
-    {v} / (1 + {v}.square().sum())
     """,
     "v",
 )
+# Where v is a multiple of D, the sum is too, and constant once normalised, up to its sign.
+SMOOTH_VECTOR += rows("F.normalize({v} + D, dim=0, eps=1e-3) * C", "v", "flat")
+SMOOTH_VECTOR += rows("{v} / (1 + {v}.square().sum())", "v")
 KINKED = rows(
     """
     torch.relu({a})
