@@ -8,12 +8,15 @@ the same 2,000 each time; ``--programs N`` searches N others.
 from __future__ import annotations
 
 import random
+import zlib
 from collections import Counter
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis.internal.conjecture import providers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -314,9 +317,11 @@ def search(
         MEMORY.forget()
         if traits and program.traits - {"torch"} != traits:
             return
-        Case(program, tally).judge(runs=program.point % RUN == 3)
+        Case(program, tally).judge(runs=zlib.crc32(repr(program).encode()) % RUN == 0)
 
-    judge()
+    # Otherwise what is drawn depends on numbers in the modules that happen to be imported.
+    with mock.patch.object(providers, "_get_local_constants", providers.Constants):
+        judge()
     return tally
 
 
@@ -382,7 +387,7 @@ def test_a_broken_rule_is_found(twin: str, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(edges, "_KNOWN", {})
     with pytest.raises(UnsoundError):
         stops = frozenset({"stop"}) if twin.startswith("detach") else frozenset()
-        for shard in range(SHARDS):
+        for shard in range(5 * SHARDS if stops else SHARDS):
             search(shard, ORDINARY // SHARDS, shrink=False, traits=stops)
 
 
@@ -473,3 +478,36 @@ def test_a_cut_for_two_reasons_names_both() -> None:
     assert verdict.status == "zero"
     assert "integers or truth values" in verdict.reason
     assert "at the present value" in verdict.reason
+
+
+def test_constant_weights_of_a_normalisation_have_no_tangent() -> None:
+    """PyTorch's forward formula makes a zero for them, which no graph knew."""
+    weight, bias = torch.tensor([1.1, 0.6, 0.8]), torch.tensor([0.9, -0.7, 1.3])
+    rate = torch.tensor(0.2, requires_grad=True)
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.b = nn.Parameter(torch.tensor([0.5, 0.2, -0.1]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * F.layer_norm(self.b * x, (3,), weight, bias)
+
+    model = Scaled()
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    opt.param_groups[0]["lr"] = rate
+    batch = (torch.tensor([0.3, -0.4, 1.2]), torch.tensor([0.1, 0.2, 0.3]))
+    train = tuple(part.expand(2, 3) for part in batch)
+    result = unrollc.compile(model, opt, F.mse_loss)(train, batch)
+    names = dict(model.named_parameters())
+    params = dict(names)
+    for _ in range(2):
+        loss = F.mse_loss(torch.func.functional_call(model, params, batch[0]), batch[1])
+        (slope,) = torch.autograd.grad(loss, [params["b"]], create_graph=True)
+        params = {"b": params["b"] - rate * slope}
+    expected = F.mse_loss(torch.func.functional_call(model, params, batch[0]), batch[1])
+    metas = [rate, names["b"]]
+    for found, wanted in zip(
+        torch.autograd.grad(result.loss, metas), torch.autograd.grad(expected, metas), strict=True
+    ):
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=0)

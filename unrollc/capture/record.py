@@ -9,6 +9,7 @@ the forward op that it differentiates, found by autograd's sequence numbers.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -286,7 +287,9 @@ class Recorder(TorchDispatchMode):
         if id(tensor) in self._nodes:
             return tensor
         value = tensor.detach().clone()
-        fake = self.input(f"constant_{len(self.constants)}", value, concrete=value)
+        taken = {node.name for node in self.graph.nodes if node.op == "placeholder"}
+        name = next(n for i in itertools.count() if (n := f"constant_{i}") not in taken)
+        fake = self.input(name, value, concrete=value)
         self.constants.append((value, self._nodes[id(fake)]))
         return fake
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
 
 from unrollc.capture.functional import pure_form
 from unrollc.capture.nests import map_tensors
@@ -71,6 +72,15 @@ class PureRecorder(Recorder):
     def _remember(self, tensor: Tensor, node: fx.Node) -> None:
         super()._remember(tensor, node)
         self._sharing[_storage(tensor)] += 1
+
+    def _known(self, tensor: Tensor) -> Tensor:
+        """A real tensor is none of the user's here: PyTorch's formulas make structural zeros
+        beneath the dispatcher, as the tangent of the constant weights of a normalisation."""
+        if id(tensor) in self._nodes or isinstance(tensor, FakeTensor):
+            return super()._known(tensor)
+        if tensor.device.type == "meta":
+            raise _NotPureError("a zero without a device")
+        return self._constant(tensor)
 
     def _rewind(self, kept: set[fx.Node]) -> None:
         """Forget what was recorded after `kept`."""
