@@ -83,6 +83,10 @@ class RequirementError(UnrollcError):
     """A requested meta-gradient is severed, undefined or structurally zero (GIMLI, §2.4)."""
 
 
+class BudgetError(UnrollcError, MemoryError):
+    """No schedule of the program fits into the memory budget."""
+
+
 class NotYetError(UnrollcError, NotImplementedError):
     """Something that the interface names and this version does not do."""
 

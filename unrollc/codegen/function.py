@@ -11,7 +11,7 @@ from torch import fx
 from unrollc.codegen.literals import literal
 from unrollc.codegen.names import alias_of, name_values
 from unrollc.errors import Source
-from unrollc.plan.liveness import last_uses
+from unrollc.plan.liveness import TAKEN_OVER, draws_noise, last_uses, unread
 from unrollc.step import STATE_ROLES, Phase, Role, StepGraph, Value, shape_text, tensors_of
 
 _TITLES = {
@@ -23,14 +23,36 @@ _TITLES = {
 }
 
 
+#: Lists that a function takes over, with the roles of what is in them.
+LISTS = (
+    ("state", STATE_ROLES),
+    ("cotangents", (Role.COTANGENT,)),
+    ("noise", (Role.NOISE,)),
+)
+
+
 def parameters_of(step: StepGraph) -> list[Value]:
-    """What the function takes: all state and cotangents, and of the rest what it reads."""
+    """What the function takes one by one: of all that no step changes, what it reads."""
     return [
         value
         for value, node in zip(step.inputs, step.placeholders, strict=True)
-        if value.role in (*STATE_ROLES, Role.COTANGENT)
-        or (value.role is not Role.CONSTANT and (node.users or node in step.results))
+        if value.role not in (Role.CONSTANT, *TAKEN_OVER) and (node.users or node in step.results)
     ]
+
+
+def lists_of(step: StepGraph) -> list[str]:
+    """The lists that the function takes over, in order, empty ones left out."""
+    return [name for name, _, _ in _lists(step)]
+
+
+def _lists(step: StepGraph) -> list[tuple[str, list[Value], list[fx.Node]]]:
+    found = []
+    for name, roles in LISTS:
+        members = step.inputs_with(*roles)
+        if members and (name != "noise" or draws_noise(step)):
+            values, nodes = zip(*members, strict=True)
+            found.append((name, list(values), list(nodes)))
+    return found
 
 
 def returned(step: StepGraph) -> list[Value]:
@@ -55,12 +77,13 @@ def render_function(
     for node in step.placeholders:
         if node.name in constants:
             names[node] = constants[node.name]
-    lines = [f"def {name}("]
+    lines = [f"def {name}(", *(f"    {each}," for each in lists_of(step))]
     shapes = {value.name: node for value, node in zip(step.inputs, step.placeholders, strict=True)}
     for value in parameters_of(step):
         lines.append(f"    {value.name},  # {_shapes(shapes[value.name])}  {_label(value)}")
     lines += ["):", f'    """{doc[0]}', *(f"    {line}".rstrip() for line in doc[1:])]
     lines.append('    """')
+    lines += _unpacked(step)
     lines += _body(step, names)
     results = [names[node] for node in step.results if node is not None]
     lines.append("    return (")
@@ -68,6 +91,20 @@ def render_function(
         lines.append(f"        {result},  # {_label(value)}")
     lines.append("    )")
     return "\n".join(lines)
+
+
+def _unpacked(step: StepGraph) -> list[str]:
+    """Take the lists over: from here on the names alone hold the tensors."""
+    lines = []
+    for name, values, nodes in _lists(step):
+        lines.append("    (")
+        for value, node in zip(values, nodes, strict=True):
+            lines.append(f"        {value.name},  # {_shapes(node)}  {_label(value)}")
+        lines.append(f"    ) = {name}")
+        lines.append(f"    {name}.clear()")
+    if gone := unread(step):
+        lines.append(f"    del {', '.join(node.name for node in gone)}")
+    return lines
 
 
 def _label(value: Value) -> str:

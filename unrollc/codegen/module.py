@@ -1,25 +1,31 @@
 """The generated program: one module that needs torch alone.
 
-Its functions are the distinct steps, their adjoints and the validation loss; ``adapt`` and
-``backward`` run them in the order of the schedule; ``loss_and_gradients`` does both.
+Its functions are the distinct steps, their adjoints and the validation loss; ``advance``,
+``pull_back`` and ``finish`` call them; ``adapt`` and ``backward`` run these in the order of the
+schedule; ``loss_and_gradients`` does both.
 """
 
 from __future__ import annotations
 
-import itertools
 import textwrap
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from unrollc.codegen.function import parameters_of, render_function, returned
+from unrollc.codegen.calls import (
+    labels_of,
+    render_advance,
+    render_finish,
+    render_gradients,
+    render_pull_back,
+    render_start,
+)
+from unrollc.codegen.function import render_function
 from unrollc.codegen.literals import literal, tensor_literal
+from unrollc.codegen.loops import render_constants, render_loops
 from unrollc.codegen.names import alias_of
-from unrollc.codegen.schedule import render_schedule
 from unrollc.plan.memory import MemoryPlan
 from unrollc.plan.pieces import Pieces
-from unrollc.plan.schedule import Action, Advance, Drop, Keep, Restore, Reverse, Validate
-from unrollc.step import STARTS, STATE_ROLES, Noise, Role, StepGraph, Value, iterate_calls
+from unrollc.step import Noise, Role, StepGraph, Value, iterate_calls
 
 
 @dataclass(frozen=True)
@@ -57,28 +63,34 @@ class _Module:
         self.noise_of["validate"] = pieces.val
 
     def render(self) -> GeneratedCode:
+        pieces = self.pieces
         functions = [self._function(name, graph) for name, graph in self.graphs]
         noise = [
             _render_noise(f"noise_{name}", noises)
             for name, graph in self.noise_of.items()
             if (noises := _noises(graph))
         ]
+        advance, tables = render_advance(pieces)
+        calls = [render_start(pieces), advance]
+        if pieces.differentiates:
+            pull_back, more = render_pull_back(pieces)
+            tables += more
+            calls += [pull_back, render_finish(pieces), render_gradients(pieces)]
+        else:
+            calls.append(render_finish(pieces))
+        constants = [f"{name} = {text}" for text, name in self.constants.items()]
         parts = [
             self._header(),
             "import math  # noqa: F401\n\nimport torch",
             "\n".join(self._aliases()),
-            "\n".join(
-                [f"STEPS = {len(self.pieces.sequence)}"]
-                + [f"{name} = {text}" for text, name in self.constants.items()]
-            ),
+            "\n".join([*render_constants(pieces.schedule), *tables, *constants]),
             *([_DRAW] if noise else []),
             *noise,
             *functions,
-            self._adapt(),
+            *calls,
+            *render_loops(pieces),
         ]
-        if self.pieces.differentiates:
-            parts += [_ACCUMULATE, self._backward(), _LOSS_AND_GRADIENTS]
-        return GeneratedCode("\n\n\n".join(parts) + "\n", tuple(self._labels()))
+        return GeneratedCode("\n\n\n".join(parts) + "\n", labels_of(pieces))
 
     # -- parts ------------------------------------------------------------------------------
 
@@ -121,208 +133,6 @@ class _Module:
         reserved = {alias_of(node.target) for node in iterate_calls(graph)}
         return render_function(name, graph, _doc(name, graph, self.pieces), names, reserved)
 
-    def _labels(self) -> list[str]:
-        labels: dict[str, None] = {}
-        for _, graph in self.graphs:
-            for value in parameters_of(graph):
-                if value.role in (Role.HYPER, Role.CONTEXT, Role.BATCH):
-                    labels[value.label] = None
-        return [*(value.label for value in self._first_state()), *labels]
-
-    def _first_state(self) -> list[Value]:
-        first = self.pieces.steps[self.pieces.sequence[0]]
-        return [value for value, _ in first.inputs_with(*STATE_ROLES)]
-
-    def _unpack(self, graphs: Iterable[StepGraph]) -> list[str]:
-        found: dict[str, str] = {}
-        for graph in graphs:
-            for value in parameters_of(graph):
-                if value.role in (Role.HYPER, Role.CONTEXT, Role.BATCH):
-                    found[value.name] = f"{value.name} = inputs[{literal(value.label, {})}]"
-        return list(found.values())
-
-    def _call(self, name: str, graph: StepGraph, number: str) -> list[str]:
-        """The call of a function, with its noise drawn before."""
-        owner = name if name in self.noise_of else f"step_{self._step_of_adjoint(name)}"
-        slots = {value.name: i for i, (value, _) in enumerate(_noises(self.noise_of[owner]))}
-        args = []
-        if name == "validate":
-            args += self._validated_state()
-        elif graph.inputs_with(*STATE_ROLES):
-            args.append("*state")
-        noisy = False
-        for value in parameters_of(graph):
-            if value.role is Role.NOISE:
-                args.append(f"noise[{slots[value.name]}]")
-                noisy = True
-            elif value.role in (Role.HYPER, Role.CONTEXT, Role.BATCH):
-                index = f"[{number}]" if value.label in self.pieces.per_step else ""
-                args.append(value.name + index)
-        if graph.inputs_with(Role.COTANGENT):
-            args.append("*cotangents")
-        lines = [f"noise = noise_{owner}(seed, {number})"] if noisy else []
-        return [*lines, f"{name}({', '.join(args)})"]
-
-    def _validated_state(self) -> list[str]:
-        """What the validation loss takes of the state, as slices of it."""
-        read = self.pieces.validated_roles
-        last = self.pieces.steps[self.pieces.sequence[-1]]
-        roles = [value.role for value, _ in last.outputs_with(*STATE_ROLES)]
-        slices, position = [], 0
-        for taken, run in itertools.groupby(roles, key=read.__contains__):
-            end = position + len(list(run))
-            first, last_one = str(position or ""), str(end if end < len(roles) else "")
-            whole = not first and not last_one
-            if taken:
-                slices.append("*state" if whole else f"*state[{first}:{last_one}]")
-            position = end
-        return slices
-
-    def _step_of_adjoint(self, name: str) -> int:
-        index = int(name.rpartition("_")[2])
-        step = self.pieces.adjoint_sequence.index(index)
-        return self.pieces.sequence[step]
-
-    def _adapt(self) -> str:
-        pieces = self.pieces
-        used = [*pieces.steps, self.val]
-        lines = [
-            "@torch.no_grad()",
-            "def adapt(inputs, seed):",
-            '    """Run the inner steps and the validation loss.',
-            "",
-            "    Args:",
-            "        inputs: Tensors by label (see the keys below).",
-            "        seed: Integer from which all noise of the run follows.",
-            "",
-            "    Returns:",
-            "        The validation loss, the state after the last step, the inner losses, the",
-            "        kept states, the cotangents B_T and the direct parts of the meta-gradients.",
-            '    """',
-        ]
-        lines += [f"    {line}" for line in self._unpack(used)]
-        state = "".join(f"inputs[{literal(v.label, {})}], " for v in self._first_state())
-        lines += [f"    state = ({state})", "    kept = {}", "    losses = []"]
-        lines += [f"    {line}" for line in render_schedule(pieces.schedule.forward, self._forward)]
-        lines.append("    return loss, tuple(state), losses, kept, cotangents, totals")
-        return "\n".join(lines)
-
-    def _forward(self, action: Action, number: str) -> list[str]:
-        match action:
-            case Keep():
-                return [f"kept[{number}] = state"]
-            case Advance(step):
-                index = self.pieces.sequence[step]
-                *noise, call = self._call(f"step_{index}", self.pieces.steps[index], number)
-                drop = ["del noise"] if noise else []
-                return [*noise, f"*state, loss = {call}", *drop, "losses.append(loss)"]
-            case Validate():
-                return [
-                    "losses = torch.stack(losses)",
-                    *self._collect("validate", self.val, number, "loss, "),
-                ]
-        raise AssertionError(f"{action} is not part of a forward pass")
-
-    def _collect(self, name: str, graph: StepGraph, number: str, first: str) -> list[str]:
-        """Call a function that returns cotangents, and add up its contributions."""
-        *noise, call = self._call(name, graph, number)
-        cotangents, terms, lines = [], [], []
-        for value in returned(graph):
-            if value.role is not Role.COTANGENT:
-                continue
-            if value.of in STATE_ROLES:
-                cotangents.append(value.name)
-                continue
-            terms.append(value.name)
-            label = literal(value.label, {})
-            if value.label in self.pieces.per_step:
-                lines.append(f"totals[{label}][{number}] = {value.name}")
-            else:
-                lines.append(f"accumulate(totals, {label}, {value.name})")
-        state = ["*cotangents"] if graph is not self.val or cotangents else []
-        targets = ", ".join([*filter(None, [first.rstrip(", ")]), *state, *terms])
-        targets = {"loss": "(loss,)", "*cotangents": "cotangents"}.get(targets, targets)
-        drop = (["noise"] if noise else []) + terms
-        head = []
-        if name == "validate":
-            steps = sorted(self.pieces.per_step & set(self.pieces.wanted))
-            entries = ", ".join(f"{literal(label, {})}: [None] * STEPS" for label in steps)
-            head = [f"totals = {{{entries}}}", *(["cotangents = []"] if not state else [])]
-        return [
-            *head,
-            *noise,
-            f"{targets} = {call}",
-            *lines,
-            *([f"del {', '.join(drop)}"] if drop else []),
-        ]
-
-    def _backward(self) -> str:
-        pieces = self.pieces
-        lines = [
-            "@torch.no_grad()",
-            "def backward(inputs, seed, kept, cotangents, totals):",
-            '    """Pull B_T back through the inner steps.',
-            "",
-            "    Args:",
-            "        inputs, seed: As given to `adapt`.",
-            "        kept, cotangents, totals: As returned by `adapt`; they are emptied.",
-            "",
-            "    Returns:",
-            "        Meta-gradients by label.",
-            '    """',
-        ]
-        again = pieces.steps if pieces.schedule.recomputed else ()
-        used = [*(adjoint.graph for adjoint in pieces.adjoints), *again]
-        lines += [f"    {line}" for line in self._unpack(used)]
-        copied = "{k: list(v) if isinstance(v, list) else v for k, v in totals.items()}"
-        lines.append(f"    totals, given = {copied}, totals")
-        lines.append("    given.clear()")
-        lines.append("    cotangents, given = list(cotangents), cotangents")
-        lines.append("    given.clear()")
-        body = render_schedule(pieces.schedule.backward, self._reverse)
-        lines += [f"    {line}" for line in body]
-        lines += [f"    {line}" for line in self._results()]
-        return "\n".join(lines)
-
-    def _reverse(self, action: Action, number: str) -> list[str]:
-        match action:
-            case Restore():
-                return [f"state = kept[{number}]"]
-            case Reverse(step):
-                index = self.pieces.adjoint_sequence[step]
-                assert index is not None
-                graph = self.pieces.adjoints[index].graph
-                return [*self._collect(f"adjoint_{index}", graph, number, ""), "del state"]
-            case Drop():
-                return [f"del kept[{number}]"]
-            case Keep():
-                return [f"kept[{number}] = state"]
-            case Advance(step):  # run again: its inner loss is known already
-                index = self.pieces.sequence[step]
-                *noise, call = self._call(f"step_{index}", self.pieces.steps[index], number)
-                return [*noise, f"*state, loss = {call}", f"del {'noise, ' if noise else ''}loss"]
-        raise AssertionError(f"{action} is not part of a backward pass")
-
-    def _results(self) -> list[str]:
-        pieces = self.pieces
-        lines = []
-        if pieces.schedule.stop == 0:
-            index = pieces.adjoint_sequence[0]
-            assert index is not None
-            state = [
-                value
-                for value in returned(pieces.adjoints[index].graph)
-                if value.role is Role.COTANGENT and value.of in STATE_ROLES
-            ]
-            for position, value in enumerate(state):
-                if value.of in STARTS and value.label in pieces.wanted:
-                    label = literal(value.label, {})
-                    lines.append(f"accumulate(totals, {label}, cotangents[{position}])")
-        for label in sorted(pieces.stacked & set(pieces.wanted)):
-            key = literal(label, {})
-            lines.append(f"totals[{key}] = stack_steps(totals[{key}], inputs[{key}])")
-        return [*lines, "return totals"]
-
 
 def _doc(name: str, graph: StepGraph, pieces: Pieces) -> list[str]:
     if name == "validate":
@@ -356,7 +166,7 @@ def _render_noise(name: str, noises: list[tuple[Value, Noise]]) -> str:
     lines.append(f'    generator = draw_generator(seed, step, "{device}")')
     for value, noise in noises:
         lines.append(f"    {value.name} = {_drawn(noise)}")
-    lines.append(f"    return ({''.join(value.name + ', ' for value, _ in noises)})")
+    lines.append(f"    return [{', '.join(value.name for value, _ in noises)}]")
     return "\n".join(lines)
 
 
@@ -380,28 +190,3 @@ _DRAW = '''\
 def draw_generator(seed, step, device):
     """A generator whose numbers depend on the run's seed and the step alone."""
     return torch.Generator(device).manual_seed((seed * 1000003 + step) % 2**63)'''
-
-_ACCUMULATE = '''\
-def accumulate(totals, label, term):
-    """Add a contribution to a meta-gradient."""
-    totals[label] = totals[label] + term if label in totals else term
-
-
-def stack_steps(terms, like):
-    """Gradients of single steps as one tensor with a leading T; absent ones are zero."""
-    zero = torch.zeros_like(like[0])
-    return torch.stack([zero if term is None else term for term in terms])'''
-
-_LOSS_AND_GRADIENTS = '''\
-def loss_and_gradients(inputs, seed=0):
-    """The validation loss and its meta-gradients.
-
-    Args:
-        inputs: Tensors by label.
-        seed: Integer from which all noise follows.
-
-    Returns:
-        The loss (0-dim) and a dictionary of meta-gradients by label.
-    """
-    loss, _, _, kept, cotangents, totals = adapt(inputs, seed)
-    return loss, backward(inputs, seed, kept, cotangents, totals)'''

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from unrollc.differentiate.adjoint import StepAdjoint
@@ -51,3 +52,31 @@ class Pieces:
     def graphs(self) -> tuple[StepGraph, ...]:
         """The graphs that a run executes forward."""
         return (*self.steps, self.val)
+
+    @functools.cached_property
+    def totalled(self) -> tuple[str, ...]:
+        """Labels of the meta-parameters whose gradient adds up in one tensor, step by step."""
+        graphs = [self.val_gradient, *(adjoint.graph for adjoint in self.adjoints)]
+        found = {
+            value.label
+            for graph in graphs
+            if graph is not None
+            for value, node in graph.outputs_with(Role.COTANGENT)
+            if node is not None and value.of not in STATE_ROLES
+        }
+        return tuple(sorted((found - self.per_step) | (self.stacked & set(self.wanted))))
+
+    @functools.cached_property
+    def _sizes(self) -> dict[str, int]:
+        graphs = [*self.steps, self.val, *(adjoint.graph for adjoint in self.adjoints)]
+        return {
+            value.label: node.meta["val"].numel() * node.meta["val"].element_size()
+            for graph in graphs
+            for value, node in zip(graph.inputs, graph.placeholders, strict=True)
+            if value.role is not Role.COTANGENT
+        }
+
+    def bytes_of(self, label: str) -> int:
+        """Bytes of an input of the program, over all steps."""
+        steps = len(self.sequence) if label in self.per_step else 1
+        return self._sizes[label] * steps

@@ -1,88 +1,143 @@
-"""Schedules: a small language of actions on the states of the inner loop.
+"""Schedules: which states a run keeps, and in which order steps run and are reversed.
 
-State j is what inner step j starts from (θ_j, optimizer state, buffers); state T is θ_T. At any
-moment the run holds at most one *current* state and a set of *kept* ones. A schedule says nothing
-about what a step computes; `Machine` executes any schedule and checks every precondition.
+A `Schedule` is a rule with its numbers; the actions follow from it, as they follow from the loops
+of the generated program.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 
-
-@dataclass(frozen=True)
-class Action:
-    """Base of all actions."""
-
-
-@dataclass(frozen=True)
-class Keep(Action):
-    """Store the current state, which is `state`."""
-
-    state: int
-
-
-@dataclass(frozen=True)
-class Advance(Action):
-    """Run inner step `step`: the current state becomes ``step + 1``."""
-
-    step: int
-
-
-@dataclass(frozen=True)
-class Validate(Action):
-    """Evaluate the validation loss on the current state, T; starts the cotangent B_T."""
-
-    steps: int
-
-
-@dataclass(frozen=True)
-class Restore(Action):
-    """Make a kept state current."""
-
-    state: int
-
-
-@dataclass(frozen=True)
-class Reverse(Action):
-    """Run the adjoint of `step` on the current state: B_{step+1} becomes B_step."""
-
-    step: int
-
-
-@dataclass(frozen=True)
-class Drop(Action):
-    """Forget a kept state."""
-
-    state: int
+from unrollc.plan.actions import (
+    Action,
+    Advance,
+    Drop,
+    Fetch,
+    Keep,
+    Record,
+    Restore,
+    Reverse,
+    Spill,
+    Validate,
+)
+from unrollc.plan.binomial import checkpoints, repeated, stride
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Actions of one program run.
+    """The order of actions of one program run.
 
     Attributes:
         steps: T.
-        stop: The first step that is reversed; 0 for the whole loop.
-        forward: Actions up to and including `Validate`.
-        backward: The remaining ones.
-        name: How the schedule is called in reports.
+        stop: The first step that is reversed; 0 for the whole loop, T for none.
+        slots: How many states are kept at once besides the first one; None keeps every state.
+            The state before θ_T is kept besides, until the backward pass begins with it.
+        segment: Every so many steps a state is spilled to the disk, and each segment is reversed
+            by itself; None spills none.
+        records: Whether steps hold the residuals that their adjoints read.
     """
 
     steps: int
-    stop: int
-    forward: tuple[Action, ...]
-    backward: tuple[Action, ...]
-    name: str
+    stop: int = 0
+    slots: int | None = None
+    segment: int | None = None
+    records: bool = False
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.stop <= self.steps and self.steps >= 1, self
+        assert self.slots is None or self.slots >= 0, self
+        assert self.segment is None or self.segment >= 1, self
+        assert not self.records or (self.slots is None and self.segment is None), self
 
     def __iter__(self) -> Iterator[Action]:
-        return iter((*self.forward, *self.backward))
+        yield from self.forward
+        yield from self.backward
+
+    @property
+    def differentiates(self) -> bool:
+        return self.stop < self.steps
+
+    @property
+    def segments(self) -> tuple[range, ...]:
+        """The steps that are reversed, cut where states are spilled; without spilling one range."""
+        length = self.segment or max(self.steps - self.stop, 1)
+        starts = range(self.stop, self.steps, length)
+        return tuple(range(start, min(start + length, self.steps)) for start in starts)
+
+    @property
+    def kept_forward(self) -> tuple[int, ...]:
+        """The states that the forward pass keeps in memory."""
+        if not self.differentiates or self.segment is not None:
+            return ()
+        return self._on_the_way(self.stop, self.steps)
+
+    def _on_the_way(self, first: int, last: int) -> tuple[int, ...]:
+        if self.slots is None:
+            return tuple(range(first, last))
+        return tuple(checkpoints(first, last, self.slots))
+
+    @property
+    def forward(self) -> Iterator[Action]:
+        """Actions up to and including `Validate`."""
+        kept = set(self.kept_forward)
+        spilled = {part.start for part in self.segments} if self.segment is not None else set()
+        for step in range(self.steps):
+            if step in spilled:
+                yield Spill(step)
+            if step in kept:
+                yield Keep(step)
+            yield Record(step) if self.records and step >= self.stop else Advance(step)
+        yield Validate(self.steps)
+
+    @property
+    def backward(self) -> Iterator[Action]:
+        """The remaining actions."""
+        for part in reversed(self.segments):
+            kept = list(self.kept_forward)
+            if self.segment is not None:
+                yield Fetch(part.start)
+                kept = [part.start]
+            yield from self._reversed(part, kept)
+
+    def _reversed(self, part: range, kept: list[int]) -> Iterator[Action]:
+        """Reverse a range of steps, of whose states `kept` are there, among them the first."""
+        slots = len(part) if self.slots is None else self.slots
+        for step in reversed(part):
+            start = kept[-1]
+            yield Restore(start)
+            if start == step:
+                yield Drop(kept.pop())
+            while start < step:
+                middle = start + stride(step + 1 - start, slots + 1 - len(kept))
+                yield from map(Advance, range(start, middle))
+                start = middle
+                if start < step:
+                    yield Keep(start)
+                    kept.append(start)
+            yield Reverse(step)
 
     @property
     def recomputed(self) -> int:
         """How many inner steps run again in the backward pass (adjoints not counted)."""
-        return sum(isinstance(action, Advance) for action in self.backward)
+        if self.segment is not None:  # nothing of a segment but its start is there
+            return sum(
+                repeated(len(part), self._slots(part)) + len(part) - 1 for part in self.segments
+            )
+        return repeated(self.steps - self.stop, self._slots(range(self.stop, self.steps)))
+
+    def _slots(self, part: range) -> int:
+        return len(part) if self.slots is None else self.slots
+
+    @property
+    def name(self) -> str:
+        """How reports call the schedule."""
+        if not self.differentiates:
+            return "forward only"
+        kept = "keep every state" if self.slots is None else f"binomial, {self.slots} slots"
+        if self.segment is not None:
+            return f"spill every {self.segment} steps, within them {kept}"
+        return f"{kept} and residuals" if self.records else kept
 
     def __str__(self) -> str:
         return f"{self.name}: {self.steps} steps, {self.recomputed} recomputed"
@@ -95,96 +150,9 @@ def keep_all(steps: int, stop: int = 0) -> Schedule:
         steps: T, at least 1.
         stop: Steps before this one are not reversed (truncated backpropagation).
     """
-    forward: list[Action] = []
-    for step in range(steps):
-        if step >= stop:
-            forward.append(Keep(step))
-        forward.append(Advance(step))
-    forward.append(Validate(steps))
-    backward: list[Action] = []
-    for step in reversed(range(stop, steps)):
-        backward += [Restore(step), Reverse(step), Drop(step)]
-    return Schedule(steps, stop, tuple(forward), tuple(backward), "keep every state")
+    return Schedule(steps, stop)
 
 
 def forward_only(steps: int) -> Schedule:
     """Adapt and evaluate; nothing is kept."""
-    actions = (*(Advance(step) for step in range(steps)), Validate(steps))
-    return Schedule(steps, steps, actions, (), "forward only")
-
-
-class ScheduleError(AssertionError):
-    """An action whose precondition does not hold, with the machine's state."""
-
-
-@dataclass
-class Machine:
-    """The reference machine: executes actions on state numbers and checks them.
-
-    Attributes:
-        steps: T.
-        stop: Where the backward pass must end.
-        current: Number of the current state, or None.
-        kept: Numbers of the kept states.
-        reversed_to: j where B_j is held; None before `Validate`.
-        most_kept: The largest number of states kept at once.
-        advanced: How often each step ran.
-    """
-
-    steps: int
-    stop: int = 0
-    current: int | None = 0
-    kept: set[int] = field(default_factory=set)
-    reversed_to: int | None = None
-    most_kept: int = 0
-    advanced: dict[int, int] = field(default_factory=dict)
-
-    def run(self, actions: Iterable[Action]) -> Machine:
-        """Execute every action; at the end every step must be reversed and nothing kept.
-
-        Raises:
-            ScheduleError: If a precondition fails.
-        """
-        for action in actions:
-            self.execute(action)
-        self._require(self.reversed_to == self.stop, "the end", "the backward pass is incomplete")
-        self._require(not self.kept, "the end", "states are left behind")
-        return self
-
-    def execute(self, action: Action) -> None:
-        match action:
-            case Keep(state):
-                self._require(self.current == state, action, "only the current state can be kept")
-                self._require(state not in self.kept, action, "it is kept already")
-                self.kept.add(state)
-                self.most_kept = max(self.most_kept, len(self.kept))
-            case Advance(step):
-                self._require(self.current == step, action, "the current state is another")
-                self._require(step < self.steps, action, "there is no such step")
-                self.current = step + 1
-                self.advanced[step] = self.advanced.get(step, 0) + 1
-            case Validate(steps):
-                self._require(self.current == self.steps == steps, action, "θ_T is not current")
-                self._require(self.reversed_to is None, action, "it ran before")
-                self.reversed_to = self.steps
-                self.current = None
-            case Restore(state):
-                self._require(state in self.kept, action, "it is not kept")
-                self.current = state
-            case Reverse(step):
-                self._require(self.current == step, action, "the current state is another")
-                self._require(self.reversed_to == step + 1, action, "its cotangent is not there")
-                self.reversed_to = step
-                self.current = None
-            case Drop(state):
-                self._require(state in self.kept, action, "it is not kept")
-                self.kept.remove(state)
-            case _:
-                self._require(False, action, "there is no such action")
-
-    def _require(self, condition: bool, action: object, reason: str) -> None:
-        if not condition:
-            raise ScheduleError(
-                f"{action}: {reason} (current state {self.current}, kept {sorted(self.kept)}, "
-                f"cotangent of state {self.reversed_to}, T = {self.steps})"
-            )
+    return Schedule(steps, steps)

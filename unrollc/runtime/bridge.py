@@ -77,16 +77,23 @@ class MetaLoop(torch.autograd.Function):
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         inputs = pytree.tree_unflatten(ctx.saved_tensors, ctx.spec)
         if torch._C._autograd._get_current_graph_task_keep_graph():
-            handed = dict(ctx.kept), list(ctx.cotangents), dict(ctx.totals)
-        else:  # the generated program empties what it gets, state by state
+            kept, cotangents = {j: list(s) for j, s in ctx.kept.items()}, list(ctx.cotangents)
+            handed = kept, cotangents, pytree.tree_map(_copied, ctx.totals)
+        else:  # the generated program takes over what it gets
             handed = ctx.kept, ctx.cotangents, ctx.totals
             ctx.kept = ctx.cotangents = ctx.totals = None
         with torch.autocast(ctx.device, enabled=False):
             gradients = ctx.module.backward(inputs, ctx.seed, *handed)
+        del handed
         flat: list[Tensor | None] = [None]
         for label in ctx.wanted:
-            value = gradients.get(label)
+            value = gradients.pop(label, None)
             count = len(inputs[label]) if isinstance(inputs[label], list) else None
             values = [value] if count is None else (value or [None] * count)
             flat += [None if v is None else v * cotangent.to(v.dtype) for v in values]
         return tuple(flat)
+
+
+def _copied(value: Any) -> Any:
+    """Gradients add up in place, so a second backward pass needs its own start."""
+    return value.clone() if isinstance(value, Tensor) else value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, fx
 
@@ -203,7 +203,8 @@ def lower(
         requirements = confirmed(requirements, found)
         requirements.raise_for_failure()
     pieces = _pieces(loop, captured.val, found, meta, options, stock, train)
-    plan = plan_memory(pieces)
+    plan = plan_memory(pieces, options.memory)
+    pieces = replace(pieces, schedule=plan.schedule)
     return Lowered(
         requirements=requirements,
         loop=loop,

@@ -56,11 +56,13 @@ class Options:
         meta: What the user asked for, or None for every tensor that requires grad.
         gradient: "exact", `FirstOrder` or `Truncated`.
         debug: Whether every run looks for NaN and infinity.
+        memory: Bytes that a run may hold beyond its inputs; None for the fastest schedule.
     """
 
     meta: tuple[Any, ...] | None
     gradient: Gradient
     debug: bool
+    memory: int | None = None
 
     @property
     def first_order(self) -> bool:
@@ -85,8 +87,7 @@ def read_options(meta: Any, gradient: Any, memory: Any, backend: Any, debug: Any
             f"gradient={gradient!r}",
             remedy='pass "exact", unrollc.FirstOrder() or unrollc.Truncated(k)',
         )
-    if memory is not None:
-        _refuse_memory(memory)
+    budget = read_budget(memory)
     if backend not in ("auto", "aten", "inductor"):
         raise InputError(f"backend={backend!r}", remedy='pass "auto", "aten" or "inductor"')
     if backend == "inductor":
@@ -101,21 +102,39 @@ def read_options(meta: Any, gradient: Any, memory: Any, backend: Any, debug: Any
             f"meta is {type(meta).__name__}, not a list",
             remedy="pass a list of tensors or labels, e.g. meta=[lr] or meta=['fc.weight']",
         )
-    return Options(None if meta is None else tuple(meta), gradient, debug)
+    return Options(None if meta is None else tuple(meta), gradient, debug, budget)
 
 
-def _refuse_memory(memory: Any) -> None:
-    number = isinstance(memory, int) and not isinstance(memory, bool) and memory > 0
-    text = isinstance(memory, str) and re.fullmatch(r"\d+(\.\d+)? ?([KMGT]i?)?B", memory.strip())
-    if not number and not text:
-        raise InputError(
-            f"memory={memory!r} is not a budget",
-            remedy='pass None, a number of bytes, or text like "64MiB"',
-        )
-    raise NotYetError(
-        "memory= budgets are not available yet",
-        why="this version keeps every state, which is its fastest schedule",
-        remedy="leave memory=None and look at lowered.plan.peak_bytes",
+_UNITS = {
+    "": 1,
+    "K": 1000,
+    "M": 1000**2,
+    "G": 1000**3,
+    "T": 1000**4,
+    "Ki": 1024,
+    "Mi": 1024**2,
+    "Gi": 1024**3,
+    "Ti": 1024**4,
+}
+
+
+def read_budget(memory: Any) -> int | None:
+    """Bytes of a budget like ``64 * 2**20`` or ``"64MiB"``; None without one.
+
+    Raises:
+        InputError: For anything else.
+    """
+    if memory is None:
+        return None
+    if isinstance(memory, int) and not isinstance(memory, bool) and memory > 0:
+        return memory
+    if isinstance(memory, str):
+        match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]i?|)B", memory.strip())
+        if match and (count := int(float(match[1]) * _UNITS[match[2]])) > 0:
+            return count
+    raise InputError(
+        f"memory={memory!r} is not a budget",
+        remedy='pass None, a positive number of bytes, or text like "64MiB"',
     )
 
 

@@ -1,0 +1,77 @@
+"""The same program over another number of inner steps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from unrollc.errors import InputError
+from unrollc.plan.pieces import Pieces
+
+
+def extended(pieces: Pieces, steps: int) -> Pieces:
+    """The pieces of a loop of `steps` steps: its first and last ones as they are, between them the
+    steady one as often as needed.
+
+    Args:
+        pieces: A captured program.
+        steps: T.
+
+    Raises:
+        InputError: If the captured loop is too short to tell what its steady step is.
+    """
+    known = len(pieces.sequence)
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        raise InputError(f"for_steps({steps!r})", remedy="pass a positive number of steps")
+    if steps == known:
+        return pieces
+    stop = pieces.schedule.stop
+    back = known - stop
+    begins = _steady_from(pieces)
+    # What lies before the steady stretch, and behind it, has its own steps and adjoints.
+    head, tail = begins, known - _steady_until(pieces)
+    if begins >= known - tail or steps < head + tail + 1:
+        raise InputError(
+            f"for_steps({steps}) needs a loop with a steady middle",
+            why=f"the {known} captured steps and their adjoints differ from one another "
+            f"up to step {begins}",
+            remedy=f"lower the program with more steps than {known}, or with {steps} itself",
+        )
+    middle = steps - head - tail
+
+    def stretched(order: tuple[int, ...]) -> tuple[int, ...]:
+        return (*order[:head], *[order[head]] * middle, *order[known - tail :])
+
+    truncated = 0 < stop < known
+    new_stop = 0 if stop == 0 else steps if not pieces.differentiates else max(steps - back, 0)
+    if truncated and new_stop != steps - back:
+        raise InputError(
+            f"for_steps({steps}) is shorter than the {back} steps that are reversed",
+            remedy="lower the program with that many steps",
+        )
+    return replace(
+        pieces,
+        sequence=stretched(pieces.sequence),
+        adjoint_sequence=stretched(pieces.adjoint_sequence),  # type: ignore[arg-type]
+        schedule=replace(pieces.schedule, steps=steps, stop=new_stop),
+    )
+
+
+def _steady_from(pieces: Pieces) -> int:
+    """The first step of the longest stretch of steps with equal graphs and adjoints."""
+    return _longest(pieces)[0]
+
+
+def _steady_until(pieces: Pieces) -> int:
+    return _longest(pieces)[1]
+
+
+def _longest(pieces: Pieces) -> tuple[int, int]:
+    pairs = list(zip(pieces.sequence, pieces.adjoint_sequence, strict=True))
+    best = (0, 0)
+    start = 0
+    for end in range(1, len(pairs) + 1):
+        if end == len(pairs) or pairs[end] != pairs[start]:
+            if end - start > best[1] - best[0]:
+                best = (start, end)
+            start = end
+    return best
