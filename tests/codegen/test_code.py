@@ -6,6 +6,7 @@ import functools
 import inspect
 import keyword
 import traceback
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ import unrollc
 from tests.oracles import cases
 from tests.oracles.models import CLASSES, DropoutMLP, WeightedLoss
 from tests.oracles.objectives import unstack
+from unrollc.codegen.calls import render_advance
 from unrollc.runtime.load import load
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -110,9 +112,9 @@ def test_the_code_is_complete(name: str) -> None:
 def test_an_unresolved_name_is_found() -> None:
     """The broken twin."""
     code = lowered_once("adam").code
-    assert "def accumulate(" in code
-    assert unresolved(code.replace("def accumulate(", "def gather(")) == {"accumulate"}
-    assert unresolved(code.replace("encoder_weight,  #", "enc_weight,  #", 1)) == set()
+    assert "def advance(" in code
+    assert unresolved(code.replace("def advance(", "def go_on(")) == {"advance"}
+    assert unresolved(code.replace("import math", "import cmath as math")) == set()
 
 
 def test_the_code_runs_by_itself() -> None:
@@ -196,18 +198,46 @@ def test_runs_of_equal_steps_are_loops(optimizer: Any) -> None:
 
 
 def test_the_schedule_is_written_out() -> None:
-    """Every step is run and reversed once, in order."""
     code = lowered(TwoLayers(), 50, torch.optim.SGD).code
-    forward, backward = code[code.index("def adapt(") :].split("def backward(")
-    assert "for j in range(0, 50):" in forward
-    assert "kept[j] = state" in forward
-    assert "reversed(range(0, " in backward
-    assert "del kept[j]" in backward
+    assert "STEPS = 50\nSTOP = 0" in code
+    assert "forward(inputs, seed, state, losses, kept, range(STOP, STEPS), 0, STEPS)" in code
+    assert "for j in reversed(range(first, last)):" in code
+    assert "SLOTS" not in code
+
+
+@pytest.mark.parametrize("T", [40, 4000])
+def test_the_code_under_a_budget_does_not_grow_with_the_steps(T: int) -> None:
+    model = TwoLayers()
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    train = unrollc.repeat(unstack(cases.batches((5, 4), 1, seed=1))[0], T)
+    budget = 30_000 + 16 * T
+    program = unrollc.compile(model, opt, F.cross_entropy, memory=budget)
+    result = program.lower(train, unstack(cases.batches((5, 4), 1, seed=1))[0])
+    assert f"SLOTS = {result.plan.schedule.slots}" in result.code
+    assert "Griewank and Walther 2000" in result.code
+    assert len(result.code.splitlines()) < 600
+    assert unresolved(result.code) == set()
+
+
+def test_irregular_sequences_become_a_table() -> None:
+    """RAdam rectifies from its sixth step on; a learning rate that alternates has many runs."""
+    pieces = lowered_once("sgd").pieces
+    order = (0, 1) * 6
+    two = (pieces.steps[0], pieces.steps[-1])
+    many = replace(pieces, steps=two, sequence=order, adjoint_sequence=(0,) * 12)
+    text, tables = render_advance(many)
+    assert tables == [f"STEP_OF = {order}"]
+    assert "if STEP_OF[j] == 0:" in text
+    few = replace(pieces, steps=two, sequence=(0, 1, 0))
+    text, tables = render_advance(few)
+    assert not tables and "if j < 1:" in text and "elif j < 2:" in text
 
 
 def test_an_error_inside_the_code_shows_its_line() -> None:
     module = load(lowered_once("sgd").generated)
-    given = [torch.zeros(2, 3) for _ in inspect.signature(module.step_0).parameters]
+    parameters = inspect.signature(module.step_0).parameters
+    state = [torch.zeros(2, 3) for _ in range(4)]
+    given = [list(state) if name == "state" else torch.zeros(2, 3) for name in parameters]
     with pytest.raises(RuntimeError) as caught:
         module.step_0(*given)
     frames = [f for f in traceback.extract_tb(caught.value.__traceback__) if f.name == "step_0"]
@@ -219,6 +249,7 @@ def test_an_error_inside_the_code_shows_its_line() -> None:
     # The broken twin: source that nobody registered has no line to show.
     space: dict[str, Any] = {}
     exec(compile(lowered_once("sgd").code, "<elsewhere>", "exec"), space)
+    given = [list(state) if name == "state" else torch.zeros(2, 3) for name in parameters]
     with pytest.raises(RuntimeError) as caught:
         space["step_0"](*given)
     assert not traceback.extract_tb(caught.value.__traceback__)[1].line

@@ -14,8 +14,8 @@ from tests.plan.graphs import Sketch, random_graphs, values_for
 from unrollc.codegen.function import render_function
 from unrollc.codegen.names import alias_of
 from unrollc.optimize.simplify import simplify
-from unrollc.plan.liveness import Frame, frame_of, last_uses
-from unrollc.step import StepGraph, iterate_calls
+from unrollc.plan.liveness import Frame, Owned, frame_of, last_uses
+from unrollc.step import Role, StepGraph, iterate_calls
 
 aten = torch.ops.aten
 MATRIX = 4 * 8 * 8  # bytes of an f64[4, 8]
@@ -86,7 +86,7 @@ def test_a_view_of_an_input_costs_nothing_and_belongs_to_it() -> None:
     x = sketch.input("x", 4, 8)
     t = sketch.call(aten.t.default, x)
     step = sketch.returning(t, x, None)
-    assert frame_of(step) == Frame(0, "", ("x", "x", None), {})
+    assert frame_of(step) == Frame(0, "", (), (), ("x", "x", None), {})
     assert measured(step) == 0
 
 
@@ -156,6 +156,75 @@ def test_an_expanded_value_has_the_bytes_of_its_storage() -> None:
     row = sketch.call(aten.sum.dim_IntList, x, [0], True)
     step = sketch.returning(sketch.call(aten.expand.default, row, [4, 8]))
     assert frame_of(step).peak == measured(step) == 8 * 8
+
+
+def owned(name: str, size: int, storage: int = 0) -> Owned:
+    return Owned(name, storage, size)
+
+
+def handed_over(step: StepGraph, tensors: list[Tensor]) -> int:
+    """The peak while a function has the only references to its state, over what was there."""
+    run, state = generated(step), [tensor.clone() for tensor in tensors]
+    tensors.clear()
+    before = sum(tensor.untyped_storage().nbytes() for tensor in state)
+
+    def call() -> Any:
+        given = [tensor.clone() for tensor in state]  # the meter counts what is made inside
+        state.clear()
+        return run(given)
+
+    return memory.measure(call).peak - before
+
+
+def test_a_state_that_is_taken_over_dies_after_its_last_use() -> None:
+    sketch = Sketch()
+    w = sketch.input("w", 4, 8, role=Role.THETA)
+    v = sketch.input("v", 4, 8, role=Role.OPT_STATE)
+    a = sketch.call(aten.mul.Tensor, w, v)
+    b = sketch.call(aten.exp.default, a)
+    c = sketch.call(aten.exp.default, b)
+    step = sketch.returning(c)
+    ends = last_uses(step)
+    assert ends[a] == [w, v]
+    kept = frame_of(step)
+    assert (kept.peak, kept.freed) == (2 * MATRIX, ())
+    taken = frame_of(step, (owned("w", MATRIX, 0), owned("v", MATRIX, 1)))
+    assert taken.peak == MATRIX  # a beside w and v; then they are gone
+    assert taken.peak_node == a.name and taken.freed == ()
+    assert handed_over(step, [torch.randn(4, 8).double() for _ in range(2)]) == MATRIX
+
+
+def test_a_storage_of_two_inputs_goes_with_the_last_of_them() -> None:
+    sketch = Sketch()
+    w = sketch.input("w", 4, 8, role=Role.THETA)
+    v = sketch.input("v", 4, 8, role=Role.OPT_STATE)
+    a = sketch.call(aten.exp.default, w)
+    b = sketch.call(aten.mul.Tensor, a, v)
+    c = sketch.call(aten.exp.default, b)
+    step = sketch.returning(c)
+    shared = frame_of(step, (owned("w", MATRIX), owned("v", MATRIX)))
+    apart = frame_of(step, (owned("w", MATRIX, 0), owned("v", MATRIX, 1)))
+    assert shared.peak == 2 * MATRIX and shared.freed == ()
+    assert apart.peak == MATRIX
+
+
+def test_an_input_that_nobody_reads_goes_at_once() -> None:
+    sketch = Sketch()
+    w = sketch.input("w", 4, 8, role=Role.THETA)
+    sketch.input("v", 4, 8, role=Role.OPT_STATE)
+    step = sketch.returning(sketch.call(aten.exp.default, w))
+    assert frame_of(step, (owned("v", MATRIX),)).peak == 0
+    assert frame_of(step, (owned("v", MATRIX),)).freed == ((0, MATRIX),)
+    assert frame_of(step).peak == MATRIX
+
+
+def test_a_state_that_is_returned_stays() -> None:
+    sketch = Sketch()
+    w = sketch.input("w", 4, 8, role=Role.THETA)
+    a = sketch.call(aten.exp.default, w)
+    step = sketch.returning(sketch.call(aten.exp.default, a), w)
+    frame = frame_of(step, (owned("w", MATRIX),))
+    assert (frame.peak, frame.freed, frame.results) == (2 * MATRIX, (), (1, "w"))
 
 
 @given(random_graphs())

@@ -1,24 +1,16 @@
-"""Schedules on the reference machine, and the machine on broken schedules."""
+"""Schedules on the reference machine, against brute force and against another package."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import functools
+import itertools
+from collections.abc import Callable
 
 import pytest
+from checkpoint_schedules import EndReverse, Forward, Revolve
 
-from unrollc.plan.schedule import (
-    Action,
-    Advance,
-    Drop,
-    Keep,
-    Machine,
-    Restore,
-    Reverse,
-    Schedule,
-    ScheduleError,
-    Validate,
-    forward_only,
-    keep_all,
-)
+from unrollc.plan.actions import Advance, Drop, Keep, Reverse, Validate
+from unrollc.plan.binomial import checkpoints, repeated, stride
+from unrollc.plan.machine import Machine, ScheduleError
+from unrollc.plan.schedule import Schedule, forward_only, keep_all
 
 LENGTHS = [(T, stop) for T in (1, 2, 3, 7, 50) for stop in sorted({0, 1, T // 2, T - 1, T})]
 
@@ -40,95 +32,110 @@ def test_forward_only_runs(T: int) -> None:
     machine = Machine(T, T).run(schedule)
     assert machine.advanced == dict.fromkeys(range(T), 1)
     assert machine.most_kept == 0
-    assert not schedule.backward
+    assert not list(schedule.backward)
     assert schedule.recomputed == 0
 
 
 def test_forward_ends_with_the_validation() -> None:
-    for schedule in (keep_all(4), keep_all(4, 2), forward_only(4)):
-        assert schedule.forward[-1] == Validate(4)
+    for schedule in (keep_all(4), keep_all(4, 2), forward_only(4), Schedule(4, slots=1)):
+        assert list(schedule.forward)[-1] == Validate(4)
         assert sum(isinstance(action, Validate) for action in schedule) == 1
 
 
-def test_recomputed_steps_are_counted() -> None:
-    """A schedule that keeps the start alone: step 0 runs twice."""
-    actions = (Keep(0), Advance(0), Advance(1), Validate(2))
-    backward = (Restore(0), Advance(0), Reverse(1), Restore(0), Reverse(0), Drop(0))
-    schedule = Schedule(2, 0, actions, backward, "keep the start")
-    machine = Machine(2).run(schedule)
-    assert machine.advanced == {0: 2, 1: 1}
-    assert machine.most_kept == 1
-    assert schedule.recomputed == 1
-    assert str(schedule) == "keep the start: 2 steps, 1 recomputed"
+# --- the binomial optimum ----------------------------------------------------------------------
+
+LONGEST = 60
 
 
-@dataclass(frozen=True)
-class Unknown(Action):
-    """No action of the language."""
+@functools.cache
+def fewest(steps: int, slots: int) -> int:
+    """Fewest advances that reverse `steps` steps from a kept state, by trying every split.
+
+    The last state on the way needs no slot: its step is reversed at once.
+    """
+    if steps == 1:
+        return 0
+    if slots == 0:
+        return steps * (steps - 1) // 2
+    return min(m + fewest(steps - m, slots - 1) + fewest(m, slots) for m in range(1, steps))
 
 
-FORWARD = [Keep(0), Advance(0), Keep(1), Advance(1), Validate(2)]
-
-# What was executed so far, the action whose precondition fails, and what the message must say.
-BROKEN: dict[str, tuple[Sequence[Action], Action, str]] = {
-    "keep another state": ([], Keep(1), "only the current state can be kept"),
-    "keep after the validation": (FORWARD, Keep(2), "only the current state can be kept"),
-    "keep twice": ([Keep(0)], Keep(0), "it is kept already"),
-    "advance another step": ([], Advance(1), "the current state is another"),
-    "advance the same step twice": ([Advance(0)], Advance(0), "the current state is another"),
-    "advance past the end": ([Advance(0), Advance(1)], Advance(2), "there is no such step"),
-    "advance from nothing": (FORWARD, Advance(1), "the current state is another"),
-    "validate too early": ([Advance(0)], Validate(2), "θ_T is not current"),
-    "validate another length": ([Advance(0), Advance(1)], Validate(3), "θ_T is not current"),
-    "validate twice": (
-        [*FORWARD, Restore(1), Advance(1)],
-        Validate(2),
-        "it ran before",
-    ),
-    "restore what is not kept": (FORWARD, Restore(2), "it is not kept"),
-    "restore what was dropped": ([*FORWARD, Drop(1)], Restore(1), "it is not kept"),
-    "reverse from another state": (
-        [*FORWARD, Restore(0)],
-        Reverse(1),
-        "the current state is another",
-    ),
-    "reverse without a state": (FORWARD, Reverse(1), "the current state is another"),
-    "reverse without its cotangent": (
-        [*FORWARD, Restore(0)],
-        Reverse(0),
-        "its cotangent is not there",
-    ),
-    "reverse before the validation": ([Keep(0)], Reverse(0), "its cotangent is not there"),
-    "reverse twice": (
-        [*FORWARD, Restore(1), Reverse(1), Restore(1)],
-        Reverse(1),
-        "its cotangent is not there",
-    ),
-    "drop what is not kept": ([], Drop(0), "it is not kept"),
-    "drop twice": ([*FORWARD, Drop(1)], Drop(1), "it is not kept"),
-    "an action of another language": ([], Unknown(), "there is no such action"),
-}
+@pytest.mark.parametrize("T", range(1, LONGEST + 1))
+def test_no_schedule_repeats_fewer_steps(T: int) -> None:
+    for slots in range(T + 1):
+        schedule = Schedule(T, slots=slots)
+        machine = Machine(T, slots=slots).run(schedule)
+        repeats = sum(machine.advanced.values()) - T
+        assert repeats == schedule.recomputed == fewest(T, slots) - (T - 1)
 
 
-@pytest.mark.parametrize("name", BROKEN)
-def test_a_violated_precondition_is_caught(name: str) -> None:
-    before, action, reason = BROKEN[name]
-    machine = Machine(2)
-    for good in before:
-        machine.execute(good)
-    current, kept = machine.current, sorted(machine.kept)
-    with pytest.raises(ScheduleError) as caught:
-        machine.execute(action)
-    message = str(caught.value)
-    assert message.startswith(f"{action}: {reason} ")
-    assert f"current state {current}, kept {kept}" in message
-    assert f"cotangent of state {machine.reversed_to}, T = 2" in message
+@pytest.mark.parametrize("T", [2, 3, 7, 20, 41, LONGEST])
+def test_another_package_repeats_as_many(T: int) -> None:
+    """`checkpoint_schedules` counts the first state as a snapshot, and the first sweep as well."""
+    for snapshots in range(1, T):
+        theirs = itertools.takewhile(
+            lambda action: not isinstance(action, EndReverse), Revolve(T, snapshots)
+        )
+        advances = sum(
+            action.n1 - action.n0
+            for action in theirs
+            if isinstance(action, Forward) and not action.write_adj_deps
+        )
+        assert Schedule(T, slots=snapshots - 1).recomputed == advances - (T - 1)
+
+
+def replace_stride(monkeypatch: pytest.MonkeyPatch, wrong: Callable[[int, int], int]) -> None:
+    for module in ("binomial", "schedule"):
+        monkeypatch.setattr(f"unrollc.plan.{module}.stride", wrong)
+
+
+def test_a_wrong_stride_repeats_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The broken twin: halving is no optimum."""
+    replace_stride(monkeypatch, lambda steps, slots: max(steps // 2, 1) if slots else steps - 1)
+    machine = Machine(40).run(Schedule(40, slots=3))
+    assert sum(machine.advanced.values()) - 40 > fewest(40, 3) - 39
+
+
+def test_a_stride_that_keeps_too_many_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    replace_stride(monkeypatch, lambda steps, slots: 1)
+    with pytest.raises(ScheduleError, match="no slot is free"):
+        Machine(12, slots=3).run(Schedule(12, slots=3))
+
+
+def test_enough_slots_repeat_nothing() -> None:
+    assert Schedule(50, slots=48).recomputed == 0
+    assert Schedule(50, slots=47).recomputed == 1
+    assert checkpoints(0, 5, 4) == [0, 1, 2, 3, 4]
+    assert stride(7, 0) == 6
+    assert repeated(1, 0) == 0
+
+
+@pytest.mark.parametrize("slots", [None, 0, 1, 3, 40])
+@pytest.mark.parametrize("segment", [1, 2, 5, 40])
+@pytest.mark.parametrize(("T", "stop"), [(1, 0), (2, 0), (9, 0), (23, 0), (23, 4), (23, 22)])
+def test_spilled_segments_are_reversed_one_by_one(
+    T: int, stop: int, segment: int, slots: int | None
+) -> None:
+    schedule = Schedule(T, stop, slots, segment)
+    machine = Machine(T, stop, slots).run(schedule)
+    assert sum(machine.advanced.values()) - T == schedule.recomputed
+    assert machine.most_kept <= segment
+
+
+def test_schedules_say_what_they_do() -> None:
+    assert str(Schedule(10_000, slots=20)) == "binomial, 20 slots: 10000 steps, 27701 recomputed"
+    text = "spill every 100 steps, within them keep every state: 1000 steps, 990 recomputed"
+    assert str(Schedule(1000, segment=100)) == text
+    assert str(Schedule(5, records=True)).startswith("keep every state and residuals: 5 steps")
+
+
+# --- what a schedule must do -------------------------------------------------------------------
 
 
 def test_an_incomplete_backward_pass_is_caught() -> None:
     schedule = keep_all(3)
     with pytest.raises(ScheduleError, match=r"the end: the backward pass is incomplete.*T = 3"):
-        Machine(3).run([*schedule.forward, *schedule.backward[:-3], Drop(0)])
+        Machine(3).run([*list(schedule)[:-1]])
     with pytest.raises(ScheduleError, match="incomplete"):
         Machine(3).run(keep_all(3, stop=1))
     with pytest.raises(ScheduleError, match="incomplete"):
@@ -138,8 +145,9 @@ def test_an_incomplete_backward_pass_is_caught() -> None:
 
 
 def test_a_state_that_is_left_behind_is_caught() -> None:
+    actions = [action for action in keep_all(3) if action != Drop(0)]
     with pytest.raises(ScheduleError, match=r"left behind \(current state None, kept \[0\]"):
-        Machine(3).run(list(keep_all(3))[:-1])
+        Machine(3).run(actions)
 
 
 @pytest.mark.parametrize("stop", [0, 2])

@@ -13,6 +13,9 @@ from unrollc.step import STARTS, STATE_ROLES, Role, StepGraph, Value
 #: Up to so many runs of equal steps are told apart by comparing j, more by a table.
 _MOST_RUNS = 8
 
+#: Calls up to this length stand on one line.
+_LONGEST = 88
+
 
 def render_start(pieces: Pieces) -> str:
     """``inputs -> state 0``"""
@@ -40,8 +43,8 @@ def render_advance(pieces: Pieces) -> tuple[str, list[str]]:
 
     def arm(index: int) -> list[str]:
         graph = pieces.steps[index]
-        noise, call = _call(pieces, f"step_{index}", graph, "j", index)
-        return [*noise, f"*state, loss = {call}"]
+        noise, args = _arguments(pieces, f"step_{index}", graph, "j", index)
+        return [*noise, *_statement(f"*state, loss = step_{index}", args)]
 
     body, tables = _dispatch(pieces.sequence, "STEP_OF", arm)
     lines += [f"    {line}" for line in [*body, "return state, loss"]]
@@ -82,7 +85,7 @@ def render_finish(pieces: Pieces) -> str:
         f"    {literal(label, {})}: {_empty_total(pieces, label)}," for label in _totals(pieces)
     ]
     body = ["totals = {", *totals, "}"] if totals else ["totals = {}"]
-    body += ["cotangents = []", *_collected(pieces, "validate", graph, "STEPS", None)]
+    body += _collected(pieces, "validate", graph, "STEPS", None)
     lines += [f"    {line}" for line in [*body, "return loss, cotangents, totals"]]
     return "\n".join(lines)
 
@@ -152,10 +155,18 @@ def _dispatch(
     return lines, tables
 
 
-def _call(
+def _statement(call: str, args: Sequence[str], end: str = "") -> list[str]:
+    """A call on one line where it is short, else with an argument a line."""
+    line = f"{call}({', '.join(args)}){end}"
+    if len(line) <= _LONGEST:
+        return [line]
+    return [f"{call}(", *(f"    {arg}," for arg in args), f"){end}"]
+
+
+def _arguments(
     pieces: Pieces, name: str, graph: StepGraph, number: str, step: int | None
-) -> tuple[list[str], str]:
-    """The call of a function and the noise that is drawn before it.
+) -> tuple[list[str], list[str]]:
+    """What a function is given, and the noise that is drawn before.
 
     Args:
         pieces, name, graph: The program, the function and what it computes.
@@ -175,7 +186,7 @@ def _call(
     for value in parameters_of(graph):
         index = f"[{number}]" if value.label in pieces.per_step else ""
         args.append(f"inputs[{literal(value.label, {})}]{index}")
-    return noise, f"{name}({', '.join(args)})"
+    return noise, args
 
 
 def _validated(pieces: Pieces) -> str:
@@ -197,7 +208,7 @@ def _collected(
     pieces: Pieces, name: str, graph: StepGraph, number: str, step: int | None
 ) -> list[str]:
     """Call a function that returns cotangents, and add up its contributions."""
-    noise, call = _call(pieces, name, graph, number, step)
+    noise, args = _arguments(pieces, name, graph, number, step)
     targets = ["loss"] if name == "validate" else []
     lines: list[str] = []
     terms: list[str] = []
@@ -215,12 +226,16 @@ def _collected(
         else:
             lines.append(f"{total}.add_({value.name})")
     targets += [*(["*cotangents"] if cotangents else []), *terms]
-    left = {"*cotangents": "cotangents"}.get(", ".join(targets), ", ".join(targets))
-    if left == "cotangents":
-        call = f"list({call})"
+    left = ", ".join(targets)
+    call, end = f"{left} = {name}", ""
+    if targets == ["*cotangents"]:
+        call, end = f"cotangents = list({name}", ")"
     elif len(targets) == 1:
-        left = f"({left},)"
-    return [*noise, f"{left} = {call}" if targets else call, *lines]
+        call = f"({left},) = {name}"
+    elif not targets:
+        call = name
+    head = [] if cotangents or name != "validate" else ["cotangents = []"]
+    return [*head, *noise, *_statement(call, args, end), *lines]
 
 
 def _totals(pieces: Pieces) -> list[str]:

@@ -75,11 +75,11 @@ class Machine:
             case Advance(step) | Record(step):
                 self._require(self.current == step, action, "the current state is another")
                 self._require(step < self.steps, action, "there is no such step")
-                self.current = step + 1
-                self.advanced[step] = self.advanced.get(step, 0) + 1
                 if isinstance(action, Record):
                     self._require(step not in self.recorded, action, "it is recorded already")
                     self.recorded.add(step)
+                self.current = step + 1
+                self.advanced[step] = self.advanced.get(step, 0) + 1
             case Validate(steps):
                 self._require(self.current == self.steps == steps, action, "θ_T is not current")
                 self._require(self.reversed_to is None, action, "it ran before")
