@@ -1,4 +1,4 @@
-"""Programs under every schedule: same gradients, noise and buffers; the code does what was planned."""
+"""Programs under every schedule: same gradients, same noise; the code does what was planned."""
 
 from collections.abc import Iterator
 from dataclasses import replace

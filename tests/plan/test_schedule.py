@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 from checkpoint_schedules import EndReverse, Forward, Revolve
 
-from unrollc.plan.actions import Advance, Drop, Keep, Reverse, Validate
+from unrollc.plan.actions import Drop, Reverse, Validate
 from unrollc.plan.binomial import checkpoints, repeated, stride
 from unrollc.plan.machine import Machine, ScheduleError
 from unrollc.plan.schedule import Schedule, forward_only, keep_all

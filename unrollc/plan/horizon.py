@@ -26,14 +26,14 @@ def extended(pieces: Pieces, steps: int) -> Pieces:
         return pieces
     stop = pieces.schedule.stop
     back = known - stop
-    begins = _steady_from(pieces)
     # What lies before the steady stretch, and behind it, has its own steps and adjoints.
-    head, tail = begins, known - _steady_until(pieces)
-    if begins >= known - tail or steps < head + tail + 1:
+    begins, ends = steady(pieces)
+    head, tail = begins, known - ends
+    if begins == ends or steps < head + tail + 1:
         raise InputError(
             f"for_steps({steps}) needs a loop with a steady middle",
-            why=f"the {known} captured steps and their adjoints differ from one another "
-            f"up to step {begins}",
+            why=f"of the {known} captured steps, {head + tail} differ from their neighbours, or "
+            "their adjoints do",
             remedy=f"lower the program with more steps than {known}, or with {steps} itself",
         )
     middle = steps - head - tail
@@ -56,16 +56,8 @@ def extended(pieces: Pieces, steps: int) -> Pieces:
     )
 
 
-def _steady_from(pieces: Pieces) -> int:
-    """The first step of the longest stretch of steps with equal graphs and adjoints."""
-    return _longest(pieces)[0]
-
-
-def _steady_until(pieces: Pieces) -> int:
-    return _longest(pieces)[1]
-
-
-def _longest(pieces: Pieces) -> tuple[int, int]:
+def steady(pieces: Pieces) -> tuple[int, int]:
+    """The longest stretch of steps with equal graphs and adjoints: its first step and its end."""
     pairs = list(zip(pieces.sequence, pieces.adjoint_sequence, strict=True))
     best = (0, 0)
     start = 0

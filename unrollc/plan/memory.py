@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import functools
 import io
+from collections import Counter
 from dataclasses import dataclass, field, replace
 
 from rich.console import Console
 from rich.table import Table
 
-from unrollc.plan.actions import Advance, Reverse
 from unrollc.plan.choice import choose_schedule
 from unrollc.plan.cost import Cost, cost_of, human_bytes
-from unrollc.plan.horizon import extended
+from unrollc.plan.horizon import extended, steady
 from unrollc.plan.pieces import Pieces
+from unrollc.plan.predict import predict
 from unrollc.plan.schedule import Schedule
 from unrollc.plan.simulate import Moment, Part, simulate
 
@@ -26,28 +27,34 @@ class MemoryPlan:
     """What a run will hold, beyond its inputs.
 
     Attributes:
-        peak_bytes: Most bytes held at once.
+        peak: The moment of the peak.
         budget: What the user allows, in bytes; None without a budget.
         schedule: Which states are kept and which recomputed.
-        timeline: One `Moment` an action that computes: bytes over program time.
         composition: What is held at the peak, by role and by source line, the largest first.
         modes: How the adjoints were made, with the reason.
         cost: Work of the whole run.
     """
 
-    peak_bytes: int
+    peak: Moment
     budget: int | None
     schedule: Schedule
-    timeline: tuple[Moment, ...] = field(repr=False)
     composition: tuple[Part, ...] = field(repr=False)
     modes: tuple[tuple[str, str], ...]
     cost: Cost
     _pieces: Pieces = field(repr=False, compare=False)
 
     @property
-    def peak(self) -> Moment:
-        """The moment of the peak."""
-        return max(self.timeline, key=lambda moment: moment.bytes)
+    def peak_bytes(self) -> int:
+        """Most bytes held at once."""
+        return self.peak.bytes
+
+    @functools.cached_property
+    def timeline(self) -> tuple[Moment, ...]:
+        """One `Moment` an action that computes: bytes over program time.
+
+        It is made when it is first asked for, in time proportional to the steps that run.
+        """
+        return simulate(self._pieces).timeline
 
     def for_steps(self, steps: int) -> MemoryPlan:
         """The plan of the same program for another number of inner steps, without lowering.
@@ -100,12 +107,11 @@ def plan_memory(pieces: Pieces, budget: int | None = None) -> MemoryPlan:
     """
     if budget is not None:
         pieces = replace(pieces, schedule=choose_schedule(pieces, budget))
-    found = simulate(pieces)
+    found = predict(pieces)
     return MemoryPlan(
-        peak_bytes=found.peak.bytes,
+        peak=found.moment,
         budget=budget,
         schedule=pieces.schedule,
-        timeline=found.timeline,
         composition=found.composition,
         modes=tuple(dict.fromkeys((a.mode, a.reason) for a in pieces.adjoints)),
         cost=_total_cost(pieces),
@@ -114,16 +120,18 @@ def plan_memory(pieces: Pieces, budget: int | None = None) -> MemoryPlan:
 
 
 def _total_cost(pieces: Pieces) -> Cost:
-    of_step = functools.cache(lambda index: cost_of(pieces.steps[index]))
-    of_adjoint = functools.cache(lambda index: cost_of(pieces.adjoints[index].graph))
-    parts = [cost_of(pieces.val_gradient or pieces.val)]
-    for action in pieces.schedule:
-        if isinstance(action, Advance):
-            parts.append(of_step(pieces.sequence[action.step]))
-        elif isinstance(action, Reverse):
-            parts.append(of_adjoint(pieces.adjoint_sequence[action.step]))
+    """The cost of the whole run; steps that run again count as steady ones."""
+    schedule = pieces.schedule
+    runs = Counter(pieces.sequence)
+    runs[pieces.sequence[steady(pieces)[0]]] += schedule.recomputed
+    reversals = Counter(index for index in pieces.adjoint_sequence if index is not None)
+    parts = [
+        (cost_of(pieces.val_gradient or pieces.val), 1),
+        *((cost_of(pieces.steps[index]), count) for index, count in runs.items()),
+        *((cost_of(pieces.adjoints[index].graph), count) for index, count in reversals.items()),
+    ]
     return Cost(
-        sum(part.operations for part in parts),
-        sum(part.bytes_moved for part in parts),
-        sum(part.calls for part in parts),
+        sum(part.operations * count for part, count in parts),
+        sum(part.bytes_moved * count for part, count in parts),
+        sum(part.calls * count for part, count in parts),
     )

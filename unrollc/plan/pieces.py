@@ -76,7 +76,6 @@ class Pieces:
             if value.role is not Role.COTANGENT
         }
 
-    def bytes_of(self, label: str) -> int:
-        """Bytes of an input of the program, over all steps."""
-        steps = len(self.sequence) if label in self.per_step else 1
-        return self._sizes[label] * steps
+    def bytes_of(self, label: str, steps: int) -> int:
+        """Bytes of an input of the program, over so many steps where each has its own."""
+        return self._sizes[label] * (steps if label in self.per_step else 1)

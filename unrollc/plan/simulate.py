@@ -63,29 +63,49 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Peak:
+    """The worst moment of a kind of action.
+
+    Attributes:
+        kind: The action without its number, e.g. ``adjoint of step``.
+        moment: The moment.
+        composition: What is held then, the largest first; the bytes add up to it.
+    """
+
+    kind: str
+    moment: Moment
+    composition: tuple[Part, ...]
+
+
+@dataclass(frozen=True)
 class Simulation:
     """What a run holds.
 
     Attributes:
         timeline: One `Moment` an action that computes.
-        composition: What is held at the peak; the bytes add up to it.
+        peaks: The worst moment of each kind of action.
     """
 
     timeline: tuple[Moment, ...]
-    composition: tuple[Part, ...]
+    peaks: tuple[Peak, ...]
 
     @property
-    def peak(self) -> Moment:
-        return max(self.timeline, key=lambda moment: moment.bytes)
+    def peak(self) -> Peak:
+        return max(self.peaks, key=lambda peak: peak.moment.bytes)
 
 
-def simulate(pieces: Pieces) -> Simulation:
-    """Execute the schedule of `pieces` on storages."""
-    run = _Run(pieces)
+def simulate(pieces: Pieces, steps: int | None = None) -> Simulation:
+    """Execute the schedule of `pieces` on storages.
+
+    Args:
+        pieces: The program.
+        steps: For how many steps what has an entry a step counts; by default for those that run.
+    """
+    run = _Run(pieces, steps or len(pieces.sequence))
     for action in pieces.schedule:
         run.execute(action)
     run.finish()
-    return Simulation(tuple(run.timeline), run.composition())
+    return Simulation(tuple(run.timeline), run.peaks())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -129,11 +149,38 @@ class _Ledger:
                     self.by_kind[storage.what] -= storage.bytes
 
 
+class _Signature:
+    """What a call of a graph takes and returns; graphs are slow to walk."""
+
+    def __init__(self, graph: StepGraph) -> None:
+        self.graph = graph
+        self.noise = [
+            storage_bytes(node.meta["val"])
+            for _, node in graph.inputs_with(Role.NOISE)
+            if draws_noise(graph)
+        ]
+        lists = (STATE_ROLES, (Role.COTANGENT,), (Role.NOISE,) if self.noise else ())
+        self.names = [[v.name for v, _ in graph.inputs_with(*roles)] for roles in lists]
+        self.outputs = tuple(zip(graph.outputs, graph.results, strict=True))
+        self.kinds = [
+            "cotangents" if value.role is Role.COTANGENT else value.role.value
+            for value in graph.outputs
+        ]
+        self.state = [n for n, value in enumerate(graph.outputs) if value.role in STATE_ROLES]
+        self.frames: dict[tuple[object, ...], Frame] = {}
+
+    def frame(self, owned: Sequence[Owned]) -> Frame:
+        key = tuple((each.name, each.storage, each.bytes) for each in owned)
+        if key not in self.frames:
+            self.frames[key] = frame_of(self.graph, owned)
+        return self.frames[key]
+
+
 @dataclass(frozen=True)
 class _Worst:
-    """The moment of the peak, with what `_Run.composition` needs."""
+    """The worst moment of a kind, with what `_Run._composition` needs."""
 
-    bytes: int
+    moment: Moment
     by_kind: Mapping[str, int]
     graph: StepGraph | None
     frame: Frame | None
@@ -143,30 +190,30 @@ class _Worst:
 class _Run:
     """Storages that the program holds while the schedule is executed."""
 
-    def __init__(self, pieces: Pieces) -> None:
+    def __init__(self, pieces: Pieces, steps: int) -> None:
         self.pieces = pieces
-        self.frames: dict[tuple[int, tuple[Owned, ...]], Frame] = {}
+        self.steps = steps
+        self.signatures: dict[int, _Signature] = {}
         self.timeline: list[Moment] = []
         self.held = _Ledger()
         self.waiting = _Ledger()
-        self.worst = _Worst(-1, {}, None, None, Counter())
+        self.worst: dict[str, _Worst] = {}
         first = pieces.steps[pieces.sequence[0]]
-        self.start = first.inputs_with(*STATE_ROLES)
-        self.state: list[_Held] = [None] * len(self.start)
+        self.state: list[_Held] = [None] * len(first.inputs_with(*STATE_ROLES))
         self.kept: dict[int, list[_Held]] = {}
         self.cotangents: list[_Held] = []
         self.totals: dict[str, list[_Held]] = {}
         ((_, loss),) = first.outputs_with(Role.LOSS)
         assert loss is not None
-        size = len(pieces.sequence) * loss.meta["val"].element_size()
+        size = steps * loss.meta["val"].element_size()
         self.held.hold([_Storage(size, "inner losses")])
 
     def execute(self, action: Action) -> None:
         match action:
             case Keep(state):
                 self._keep(state, self.state)
-            case Spill():
-                self.spilled = True
+            case Spill():  # the disk is no memory
+                pass
             case Fetch(state):
                 self._keep(state, self._fetched(state))
                 self.held.release(self.kept[state])  # the list that was read is the kept one
@@ -179,7 +226,7 @@ class _Run:
             case Advance(step):
                 graph = self.pieces.steps[self.pieces.sequence[step]]
                 results = self._call(f"step {step}", graph, self.state)
-                self._replace_state(_of(graph, results, *STATE_ROLES))
+                self._replace_state([results[n] for n in self._signature(graph).state])
             case Validate():
                 self._validate()
             case Reverse(step):
@@ -199,11 +246,11 @@ class _Run:
 
     def _fetched(self, number: int) -> list[_Held]:
         """A state as it comes from the disk; state 0 is the user's own."""
+        taken = self.pieces.steps[self.pieces.sequence[number]].inputs_with(*STATE_ROLES)
         if number == 0:
-            return [None] * len(self.start)
+            return [None] * len(taken)
         fresh: list[_Held] = [
-            _Storage(storage_bytes(node.meta["val"]), value.role.value)
-            for value, node in self.start
+            _Storage(storage_bytes(node.meta["val"]), value.role.value) for value, node in taken
         ]
         self.held.hold(fresh)
         return fresh
@@ -217,7 +264,7 @@ class _Run:
         pieces = self.pieces
         graph = pieces.val_gradient or pieces.val
         for label in pieces.totalled:
-            self.totals[label] = [_Storage(pieces.bytes_of(label), "meta-gradients")]
+            self.totals[label] = [_Storage(pieces.bytes_of(label, self.steps), "meta-gradients")]
             self.held.hold(self.totals[label])
         last = pieces.steps[pieces.sequence[-1]]
         roles = [value.role for value, _ in last.outputs_with(*STATE_ROLES)]
@@ -234,7 +281,7 @@ class _Run:
 
     def _collect(self, graph: StepGraph, results: Sequence[_Held]) -> None:
         cotangents: list[_Held] = []
-        for value, storage, node in zip(graph.outputs, results, graph.results, strict=True):
+        for (value, node), storage in zip(self._signature(graph).outputs, results, strict=True):
             if node is None or value.role is not Role.COTANGENT:
                 continue
             if value.of in STATE_ROLES:
@@ -249,7 +296,7 @@ class _Run:
     def finish(self) -> None:
         """What the autograd bridge does with the meta-gradients: it scales them one by one."""
         for label in self.pieces.wanted:
-            size = self.pieces.bytes_of(label)
+            size = self.pieces.bytes_of(label, self.steps)
             scaled = [_Storage(size, "meta-gradients")]
             self.held.hold(scaled)
             self._note(f"scale the gradient of {label}", size)
@@ -262,47 +309,40 @@ class _Run:
         state: Sequence[_Held],
         cotangents: Sequence[_Held] = (),
     ) -> list[_Held]:
-        drawn = draws_noise(graph)
-        given: list[tuple[str, _Held]] = []
-        states, seeds = iter(state), iter(cotangents)
-        noise: list[_Held] = []
-        for value, node in zip(graph.inputs, graph.placeholders, strict=True):
-            if value.role in STATE_ROLES:
-                given.append((value.name, next(states)))
-            elif value.role is Role.COTANGENT:
-                given.append((value.name, next(seeds)))
-            elif value.role is Role.NOISE and drawn:
-                noise.append(_Storage(storage_bytes(node.meta["val"]), "noise"))
-                given.append((value.name, noise[-1]))
+        signature = self._signature(graph)
+        noise: list[_Held] = [_Storage(size, "noise") for size in signature.noise]
         self.held.hold(noise)
-        passed = Counter(storage for _, storage in given if storage is not None)
+        given: dict[str, _Held] = {}
+        for names, storages in zip(signature.names, (state, cotangents, noise), strict=True):
+            given.update(zip(names, storages, strict=True))
+        passed = Counter(storage for storage in given.values() if storage is not None)
         numbers = {storage: number for number, storage in enumerate(passed)}
-        owned = tuple(
+        counts = self.held.counts
+        owned = [
             Owned(each, numbers[storage], storage.bytes)
-            for each, storage in given
-            if storage is not None and self.held.counts[storage] == passed[storage]
-        )
-        key = (id(graph), owned)
-        if key not in self.frames:
-            self.frames[key] = frame_of(graph, owned)
-        frame = self.frames[key]
+            for each, storage in given.items()
+            if storage is not None and counts[storage] == passed[storage]
+        ]
+        frame = signature.frame(owned)
         kinds = {number: storage.what for storage, number in numbers.items()}
         freed = Counter({kinds[n]: 0 for n, _ in frame.freed})
         for number, size in frame.freed:
             freed[kinds[number]] += size
         self._note(name, sum(size for _, size in frame.held), graph, frame, freed)
         self.held.release(noise)
-        return self._results(graph, frame, dict(given))
+        return self._results(graph, frame, given)
 
-    def _results(
-        self, graph: StepGraph, frame: Frame, given: Mapping[str, _Held]
-    ) -> list[_Held]:
+    def _signature(self, graph: StepGraph) -> _Signature:
+        if id(graph) not in self.signatures:
+            self.signatures[id(graph)] = _Signature(graph)
+        return self.signatures[id(graph)]
+
+    def _results(self, graph: StepGraph, frame: Frame, given: Mapping[str, _Held]) -> list[_Held]:
         fresh: dict[int, _Storage] = {}
         results: list[_Held] = []
-        for value, result in zip(graph.outputs, frame.results, strict=True):
+        for kind, result in zip(self._signature(graph).kinds, frame.results, strict=True):
             if isinstance(result, int):
                 if result not in fresh:
-                    kind = "cotangents" if value.role is Role.COTANGENT else value.role.value
                     fresh[result] = _Storage(frame.sizes[result], kind)
                 results.append(fresh[result])
             else:
@@ -318,23 +358,30 @@ class _Run:
         freed: Counter[str] | None = None,
     ) -> None:
         total = self.held.total + (max(frame.peak, 0) if frame is not None else 0)
-        self.timeline.append(Moment(action, total, self.waiting.total, local))
-        if total > self.worst.bytes:
-            kinds = dict(self.held.by_kind)
-            self.worst = _Worst(total, kinds, graph, frame, freed or Counter())
+        moment = Moment(action, total, self.waiting.total, local)
+        self.timeline.append(moment)
+        kind = action.rstrip("0123456789").rstrip()
+        if kind not in self.worst or total > self.worst[kind].moment.bytes:
+            by_kind = dict(self.held.by_kind)
+            self.worst[kind] = _Worst(moment, by_kind, graph, frame, freed or Counter())
 
-    def composition(self) -> tuple[Part, ...]:
-        worst = self.worst
-        parts: Counter[tuple[str, Source | None]] = Counter()
-        for kind, size in worst.by_kind.items():
-            parts[kind, None] += size - worst.freed[kind]
-        if worst.frame is not None and worst.graph is not None:
-            nodes: dict[str, fx.Node] = {node.name: node for node in worst.graph.graph.nodes}
-            for name, size in worst.frame.held:
-                node = nodes[name]
-                parts[f"{node.meta['phase'].value} values", node.meta.get("source")] += size
-        found = [Part(what, where, size) for (what, where), size in parts.items() if size]
-        return tuple(sorted(found, key=lambda part: (-part.bytes, part.what, str(part.where))))
+    def peaks(self) -> tuple[Peak, ...]:
+        return tuple(
+            Peak(kind, worst.moment, _composition(worst)) for kind, worst in self.worst.items()
+        )
+
+
+def _composition(worst: _Worst) -> tuple[Part, ...]:
+    parts: Counter[tuple[str, Source | None]] = Counter()
+    for kind, size in worst.by_kind.items():
+        parts[kind, None] += size - worst.freed[kind]
+    if worst.frame is not None and worst.graph is not None:
+        nodes: dict[str, fx.Node] = {node.name: node for node in worst.graph.graph.nodes}
+        for name, size in worst.frame.held:
+            node = nodes[name]
+            parts[f"{node.meta['phase'].value} values", node.meta.get("source")] += size
+    found = [Part(what, where, size) for (what, where), size in parts.items() if size]
+    return tuple(sorted(found, key=lambda part: (-part.bytes, part.what, str(part.where))))
 
 
 def _of(graph: StepGraph, results: Sequence[_Held], *roles: Role) -> list[_Held]:
