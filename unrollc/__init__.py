@@ -1,6 +1,7 @@
 """unrollc: exact meta-gradients through unrolled training, compiled."""
 
 from unrollc.api import (
+    BudgetError,
     CaptureError,
     FirstOrder,
     InputError,
@@ -23,6 +24,7 @@ from unrollc.api import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "BudgetError",
     "CaptureError",
     "FirstOrder",
     "InputError",

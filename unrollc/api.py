@@ -15,6 +15,7 @@ from unrollc.capture.batches import repeat
 from unrollc.capture.problem import Loss, Objective, PerStep, Problem, Transform, objective
 from unrollc.capture.schedule import check_scheduler
 from unrollc.errors import (
+    BudgetError,
     CaptureError,
     InputError,
     NonFiniteError,
@@ -29,6 +30,7 @@ from unrollc.runtime.program import Program
 from unrollc.runtime.result import Result
 
 __all__ = [
+    "BudgetError",
     "CaptureError",
     "FirstOrder",
     "InputError",
@@ -89,7 +91,9 @@ def compile(
             the validation loss is that of the averaged weights.
         meta: Meta-parameters, as tensors or labels; by default everything that requires grad.
         gradient: "exact", `FirstOrder` or `Truncated`.
-        memory: Must be None in this version.
+        memory: Bytes that a run may hold beyond its inputs, as a number or as text like "64MiB".
+            Steps run again where their states do not fit, as few as possible (Griewank and Walther
+            2000). None keeps every state, which is fastest.
         backend: "auto" or "aten" in this version.
         debug: Look for NaN and infinity in data, losses and parameters at every call.
 
@@ -98,7 +102,7 @@ def compile(
 
     Raises:
         InputError: If an argument has the wrong kind.
-        NotYetError: For a memory budget or the inductor backend.
+        NotYetError: For the inductor backend.
     """
     val_loss = loss if val_loss is None else val_loss
     problem = Problem(model, opt, loss, val_loss, grad_transform, scheduler, average)

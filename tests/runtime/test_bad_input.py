@@ -14,6 +14,7 @@ import unrollc
 from tests.oracles import cases, models
 from tests.oracles.models import MLP, Branching, ConvNet, WeightedLoss
 from tests.oracles.objectives import unstack
+from unrollc.runtime.options import read_budget
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -368,11 +369,29 @@ def test_nan_goes_through_without_debug(setting: Setting) -> None:
 # --- options --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("memory", ["64MiB", 64 * 2**20])
-def test_memory_budgets_are_for_later(setting: Setting, memory: Any) -> None:
-    with pytest.raises(unrollc.UnrollcError, match=r"memory") as error:
-        setting.run(memory=memory)
-    assert "yet" in str(error.value)
+BUDGETS = {
+    "64MiB": 64 * 2**20,
+    "1.5 GiB": 3 * 2**29,
+    "20KB": 20_000,
+    " 900B ": 900,
+    123: 123,
+}
+
+
+@pytest.mark.parametrize("memory", BUDGETS)
+def test_budgets_are_bytes_or_text(memory: Any) -> None:
+    assert read_budget(memory) == BUDGETS[memory]
+
+
+def test_a_budget_that_is_too_small_names_one_that_works(setting: Setting) -> None:
+    with pytest.raises(unrollc.BudgetError) as error:
+        setting.run(memory="1KiB")
+    found = re.search(r"the smallest budget that works is (\d+) bytes", str(error.value))
+    assert found is not None
+    assert "1.0 KiB" in str(error.value) and "Fix: pass memory=" in str(error.value)
+    setting.run(memory=int(found[1]))
+    with pytest.raises(unrollc.BudgetError):
+        setting.run(memory=int(found[1]) - 1)
 
 
 @pytest.mark.parametrize("memory", [1.5, -1, 0, "lots", "64", [1], True])
