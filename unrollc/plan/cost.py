@@ -38,17 +38,29 @@ class Cost:
         moved = self.bytes_moved * _OPERATIONS_PER_BYTE
         return self.operations + moved + self.calls * _OPERATIONS_PER_CALL
 
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.operations + other.operations,
+            self.bytes_moved + other.bytes_moved,
+            self.calls + other.calls,
+        )
+
+
+NOTHING = Cost(0, 0, 0)
+
 
 def cost_of(step: StepGraph) -> Cost:
     """The cost of a graph."""
-    operations = moved = calls = 0
-    for node in iterate_calls(step):
-        operations += _operations(node)
-        calls += 1
-        if not _is_view(node):
-            sizes = [t for source in node.all_input_nodes for t in tensors_of(source)]
-            moved += sum(t.numel() * t.element_size() for t in (*sizes, *tensors_of(node)))
-    return Cost(operations, moved, calls)
+    return sum((cost_of_node(node) for node in iterate_calls(step)), NOTHING)
+
+
+def cost_of_node(node: fx.Node) -> Cost:
+    """The cost of one op."""
+    moved = 0
+    if not _is_view(node):
+        sizes = [t for source in node.all_input_nodes for t in tensors_of(source)]
+        moved = sum(t.numel() * t.element_size() for t in (*sizes, *tensors_of(node)))
+    return Cost(_operations(node), moved, 1)
 
 
 def _operations(node: fx.Node) -> int:
