@@ -87,13 +87,9 @@ def partition(step: StepGraph, adjoint: StepGraph, price: float) -> Partition:
         step: New state and loss; simplified.
         adjoint: Of this step, reading its inputs and cotangents; simplified.
         price: What one kept byte costs, in operations (`Cost.weight`). ``math.inf`` keeps nothing,
-            0 keeps all that the adjoint's own ops read and no op rule excludes.
-
-    Raises:
-        ValueError: If the price is negative or no number.
+            0 keeps all that the adjoint's own ops read, views and fills excepted.
     """
-    if not price >= 0:
-        raise ValueError(f"the price of a byte is {price}; it must be 0 or more")
+    assert price >= 0, f"the price of a byte is {price}"
     common = shared(step, adjoint)
     keep, again = _needed(common, adjoint, _recomputed(common, adjoint, price))
     repeated = sum((cost_of_node(node) for node in _repeated(again, common)), NOTHING)
@@ -199,9 +195,7 @@ def _recomputed(
     source, sink = -2, -1
     flow.add_nodes_from((source, sink))
     number = {node: 2 * index for index, node in enumerate(inner)}
-    again = {
-        node: first + 1 if keepable(node, common) else first for node, first in number.items()
-    }
+    again = {node: first + 1 if keepable(node, common) else first for node, first in number.items()}
     for node in inner:
         if again[node] != number[node]:
             capacity = round(price * kept_bytes(common[node]))
