@@ -332,7 +332,7 @@ def test_ops_that_are_said_to_be_equal_are(row: Any, dtype: torch.dtype) -> None
 
 def _example(kind: str, sketch: Sketch) -> fx.Node:
     x = sketch.input("x", 4, 4)
-    index = sketch.input("index", 4, dtype=torch.int64)
+    index = sketch.input("index", 4, 4, dtype=torch.int64)
     if kind == "projection":
         return sketch.part(sketch.call(aten.sort.default, x), 0)
     calls: dict[str, tuple[Any, ...]] = {
@@ -343,7 +343,7 @@ def _example(kind: str, sketch: Sketch) -> fx.Node:
         "transcendental": (aten.tanh.default, x),
         "elementwise": (aten.mul.Tensor, x, x),
         "sorting": (aten.sort.default, x),
-        "addressing": (aten.embedding.default, x, index),
+        "addressing": (aten.gather.default, x, 1, index),
         "other": (aten.sum.dim_IntList, x, [0]),
     }
     return sketch.call(*calls[kind])

@@ -9,13 +9,8 @@ from typing import Any
 from torch import Tensor, fx
 from torch.utils.flop_counter import flop_registry
 
+from unrollc.plan.calibration import current_rates
 from unrollc.step import StepGraph, iterate_calls, tensors_of
-
-#: A double or float read or written costs about as much as this many operations of a product
-#: (a CPU core does some 100 GFLOP/s in a product and moves some 10 GB/s), an op launch as much
-#: as this many. Only ratios matter: the numbers choose between two graphs of one step.
-_OPERATIONS_PER_BYTE = 10.0
-_OPERATIONS_PER_CALL = 200_000.0
 
 
 @dataclass(frozen=True)
@@ -34,9 +29,15 @@ class Cost:
 
     @property
     def weight(self) -> float:
-        """One number to compare."""
-        moved = self.bytes_moved * _OPERATIONS_PER_BYTE
-        return self.operations + moved + self.calls * _OPERATIONS_PER_CALL
+        """One number to compare: operations that take as long, by this machine's rates."""
+        rates = current_rates()
+        moved = self.bytes_moved * rates.operations_per_byte
+        return self.operations + moved + self.calls * rates.operations_per_call
+
+    @property
+    def seconds(self) -> float:
+        """A rough prediction: the parts one after the other."""
+        return self.weight / current_rates().operations_per_second
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(
