@@ -293,6 +293,20 @@ def test_only_equal_ops_are_shared(forward: Any, backward: Any, same: bool) -> N
     assert bool(partition(step, adjoint, 0).kept) is same
 
 
+def test_a_residual_takes_no_name_that_is_in_use() -> None:
+    def graph(backward: bool) -> StepGraph:
+        sketch = Sketch()
+        made = sketch.call(aten.mm.default, *(sketch.input(n, 4, 4) for n in ("kept_mm", "x")))
+        made.name = "mm"
+        if backward:
+            cotangent = sketch.input("g", 4, 4, role=Role.COTANGENT)
+            made = sketch.call(aten.mul.Tensor, cotangent, made, phase=Phase.ADJOINT)
+        return sketch.returning(made)
+
+    (kept,) = partition(graph(False), graph(True), 0).kept
+    assert kept.name == "kept_mm_"
+
+
 def test_constants_are_compared_by_value() -> None:
     def graph(number: float, cotangent: bool) -> StepGraph:
         sketch = Sketch()

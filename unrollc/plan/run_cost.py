@@ -60,14 +60,15 @@ def run_cost(pieces: Pieces, repeated: int) -> RunCost:
     adjoints, steady_adjoint = _linear([each.graph for each in pieces.adjoints], reversed_steps)
     truncated = len(reversed_steps) < len(pieces.sequence)
     val = cost_of(pieces.val_gradient or pieces.val)
-    parts = []
-    for name in ("operations", "bytes_moved", "calls"):
+    # Truncated backpropagation reverses the same number of steps whatever T is.
+    more = sympy.Integer(0) if truncated else T - len(reversed_steps)
+
+    def linear(name: str) -> sympy.Expr:
         forward = getattr(steady, name) * (T - len(pieces.sequence) + R) + getattr(steps, name)
-        # Truncated backpropagation reverses the same number of steps whatever T is.
-        more = 0 if truncated else T - len(reversed_steps)
         backward = getattr(steady_adjoint, name) * more + getattr(adjoints, name)
-        parts.append(sympy.expand(forward + backward + getattr(val, name)))
-    return RunCost(*parts, repeated)
+        return sympy.expand(forward + backward + getattr(val, name))
+
+    return RunCost(linear("operations"), linear("bytes_moved"), linear("calls"), repeated)
 
 
 def _linear(graphs: Sequence[StepGraph], sequence: Iterable[int]) -> tuple[Cost, Cost]:
