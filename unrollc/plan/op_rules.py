@@ -282,7 +282,8 @@ class Equal:
 
 
 #: What the adjoint calls otherwise than the step does, because only the other form has a
-#: derivative (`differentiate.replay`).
+#: derivative (`differentiate.replay`). Fused weight normalisation, which the adjoint spells out, is
+#: equal to rounding only: nothing that comes after it is shared.
 EQUALS: tuple[Equal, ...] = (
     Equal(
         aten._native_batch_norm_legit_functional.default,

@@ -6,9 +6,10 @@ returns it, the adjoint takes it. `partition` finds the choice of least
 
     kept bytes · price + work of the ops that stay in the adjoint
 
-as a minimum cut. (Kept or recomputed per value by a cut: Zheng et al. 2023, "Min-cut
-rematerialization", in PyTorch's compiler; here recomputing has a cost of its own, as in the project
-selection problem of Picard 1976.)
+as a minimum cut. (A cut between forward and backward: He & Yu 2023, "Transcending Runtime-Memory
+Tradeoffs in Checkpointing by being Fusion Aware"; here recomputing has a cost of its own, as in the
+closure problem of Picard 1976, "Maximal Closure of a Graph and Applications to Combinatorial
+Problems".)
 """
 
 from __future__ import annotations
@@ -150,7 +151,8 @@ def _numbered(graph: StepGraph, numbers: dict[_Key, int]) -> dict[fx.Node, int]:
         found[node] = number(*value.key)
         if value.role is Role.CONSTANT:
             tensor = graph.constants[value.name]
-            found[node] = number(tensor.dtype, str(tensor.device), repr(tensor.tolist()))
+            described_constant = (tensor.dtype, str(tensor.device), tuple(tensor.shape))
+            found[node] = number(*described_constant, repr(tensor.tolist()))
     for node in graph.graph.nodes:
         if node.op != "call_function":
             continue
