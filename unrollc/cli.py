@@ -8,9 +8,11 @@ import os
 import sys
 from typing import Annotated, Any
 
+import torch
 import typer
 
 from unrollc import api
+from unrollc.plan import calibration
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
@@ -52,6 +54,20 @@ def check(
     else:
         typer.echo("\n\n".join([str(requirements), *texts]))
     raise typer.Exit(0 if requirements.ok else 1)
+
+
+@app.command()
+def calibrate() -> None:
+    """Measure what this machine takes for an operation, a byte and a call.
+
+    The result goes to the user's cache directory; compilations that use as many threads choose
+    between modes, and between keeping and recomputing, by it.
+    """
+    rates, rows = calibration.measure()
+    for row in rows:
+        typer.echo(str(row))
+    path = calibration.save(rates)
+    typer.echo(f"{rates}\nin {torch.get_num_threads()} threads; written to {path}")
 
 
 def _load(factory: str) -> tuple[Any, ...]:

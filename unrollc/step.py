@@ -48,6 +48,7 @@ class Role(enum.Enum):
     LOSS = "loss"
     GRADIENT = "gradient"
     COTANGENT = "cotangent"
+    RESIDUAL = "residual"
 
 
 #: Roles of what one step hands to the next.

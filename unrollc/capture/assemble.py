@@ -26,6 +26,7 @@ _ORDER = (
     Role.BATCH,
     Role.NOISE,
     Role.COTANGENT,
+    Role.RESIDUAL,
 )
 
 

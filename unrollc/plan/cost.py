@@ -9,13 +9,8 @@ from typing import Any
 from torch import Tensor, fx
 from torch.utils.flop_counter import flop_registry
 
+from unrollc.plan.calibration import current_rates
 from unrollc.step import StepGraph, iterate_calls, tensors_of
-
-#: A double or float read or written costs about as much as this many operations of a product
-#: (a CPU core does some 100 GFLOP/s in a product and moves some 10 GB/s), an op launch as much
-#: as this many. Only ratios matter: the numbers choose between two graphs of one step.
-_OPERATIONS_PER_BYTE = 10.0
-_OPERATIONS_PER_CALL = 200_000.0
 
 
 @dataclass(frozen=True)
@@ -34,21 +29,39 @@ class Cost:
 
     @property
     def weight(self) -> float:
-        """One number to compare."""
-        moved = self.bytes_moved * _OPERATIONS_PER_BYTE
-        return self.operations + moved + self.calls * _OPERATIONS_PER_CALL
+        """One number to compare: operations that take as long, by this machine's rates."""
+        rates = current_rates()
+        moved = self.bytes_moved * rates.operations_per_byte
+        return self.operations + moved + self.calls * rates.operations_per_call
+
+    @property
+    def seconds(self) -> float:
+        """A rough prediction: the parts one after the other."""
+        return self.weight / current_rates().operations_per_second
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.operations + other.operations,
+            self.bytes_moved + other.bytes_moved,
+            self.calls + other.calls,
+        )
+
+
+NOTHING = Cost(0, 0, 0)
 
 
 def cost_of(step: StepGraph) -> Cost:
     """The cost of a graph."""
-    operations = moved = calls = 0
-    for node in iterate_calls(step):
-        operations += _operations(node)
-        calls += 1
-        if not _is_view(node):
-            sizes = [t for source in node.all_input_nodes for t in tensors_of(source)]
-            moved += sum(t.numel() * t.element_size() for t in (*sizes, *tensors_of(node)))
-    return Cost(operations, moved, calls)
+    return sum((cost_of_node(node) for node in iterate_calls(step)), NOTHING)
+
+
+def cost_of_node(node: fx.Node) -> Cost:
+    """The cost of one op."""
+    moved = 0
+    if not _is_view(node):
+        sizes = [t for source in node.all_input_nodes for t in tensors_of(source)]
+        moved = sum(t.numel() * t.element_size() for t in (*sizes, *tensors_of(node)))
+    return Cost(_operations(node), moved, 1)
 
 
 def _operations(node: fx.Node) -> int:
