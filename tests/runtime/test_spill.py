@@ -145,6 +145,7 @@ DAMAGES = [
     (60, "outcome"),
     (92, "progress"),
     (92, "outcome"),
+    (60, "turn"),
     (92, "state 21"),
 ]
 
@@ -161,7 +162,7 @@ def test_damaged_files_are_computed_again(tmp_path: Path, moment: int, name: str
 def test_a_damaged_file_in_the_same_process(tmp_path: Path) -> None:
     inputs = toy_loop.make_inputs()
     expected = fingerprint(in_memory(inputs)[-1])
-    for names in (["outcome"], ["state 56", "state 49"], ["state 7"]):
+    for names in (["turn"], ["state 56", "state 49"], ["state 7"]):
         spilled = run(tmp_path)
         spilled_adapt(spilled, inputs)
         for name in names:

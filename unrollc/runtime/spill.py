@@ -33,8 +33,9 @@ from unrollc.runtime.tensor_files import DamagedFileError
 #: Called after each segment with the number of steps done, forward and backward, and of all.
 Progress = Callable[[int, int], object]
 
-_OUTCOME = "outcome"
-_PROGRESS = "progress"
+#: What is stored besides the states: what the forward pass returns, B_T with the totals, and the
+#: same for the newest segment that is reversed.
+_OUTCOME, _TURN, _PROGRESS = "outcome", "turn", "progress"
 
 
 @dataclass(frozen=True)
@@ -80,9 +81,7 @@ def spilled_adapt(run: Spilled, inputs: Mapping[str, Any]) -> tuple[Tensor, list
             no file behind.
     """
     with run.store.removed_on_failure():
-        outcome = _outcome(run)
-        if outcome is None:
-            outcome = _adapted(run, inputs)
+        outcome = _read(run.store, _OUTCOME) or _adapted(run, inputs)
         return outcome["loss"], outcome["state"], outcome["losses"]
 
 
@@ -126,20 +125,24 @@ def spilled_backward(
         return gradients
 
 
-# --- the forward pass -------------------------------------------------------------------------
-
-
-def _outcome(run: Spilled) -> dict[str, Any] | None:
-    """What the forward pass found, if it was complete."""
-    if _OUTCOME not in run.store:
+def _read(store: Store, name: str) -> dict[str, Any] | None:
+    """What is stored under a name; None, and forgotten, if it is damaged."""
+    if name not in store:
         return None
     try:
-        found: dict[str, Any] = run.store.read(_OUTCOME)
+        found: dict[str, Any] = store.read(name)
     except DamagedFileError as error:
-        _warn(error, "the run starts again")
-        run.store.clear()
+        warnings.warn(
+            f"a spilled file is damaged, and what was in it is computed again: {error}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        store.update({}, dropped=[name])
         return None
     return found
+
+
+# --- the forward pass -------------------------------------------------------------------------
 
 
 def _adapted(run: Spilled, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -157,7 +160,8 @@ def _adapted(run: Spilled, inputs: Mapping[str, Any]) -> dict[str, Any]:
         first = last
     loss, cotangents, totals = module.finish(inputs, store.seed, list(state))
     outcome = {"loss": loss, "state": state, "losses": losses}
-    store.update({_OUTCOME: {**outcome, "cotangents": cotangents, "totals": totals}})
+    turn = {"last": module.STEPS, "cotangents": cotangents, "totals": totals}
+    store.update({_OUTCOME: outcome, _TURN: turn})
     run.report(module.STEPS)
     return outcome
 
@@ -170,10 +174,9 @@ def _resumed(run: Spilled, inputs: Mapping[str, Any]) -> tuple[int, list[Tensor]
     newest = 0
     stored = [b for b in run.boundaries() if _name(b) in store]
     for number in stored:
-        try:
-            found = store.read(_name(number))
-        except DamagedFileError as error:
-            _warn(error, f"the run goes on from step {newest}")
+        found = _read(store, _name(number))
+        if found is None or number - len(found["losses"]) > newest:
+            # Losses before it are gone, so neither it nor what lies behind is of use.
             store.update({}, dropped=[_name(b) for b in stored if b >= number])
             break
         state, part = found["state"], found["losses"]
@@ -187,47 +190,27 @@ def _resumed(run: Spilled, inputs: Mapping[str, Any]) -> tuple[int, list[Tensor]
 
 def _reached(run: Spilled, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """How far the backward pass came: B_last, last, and the totals of the steps behind."""
-    store = run.store
-    if _PROGRESS in store:
-        try:
-            found: dict[str, Any] = store.read(_PROGRESS)
-            return found
-        except DamagedFileError as error:
-            _warn(error, "the backward pass starts again")
-            store.update({}, dropped=[_PROGRESS])
-    outcome = _outcome(run)
-    if outcome is None:
+    found = _read(run.store, _PROGRESS) or _read(run.store, _TURN)
+    if found is None:
         _adapted(run, inputs)
-        outcome = store.read(_OUTCOME)
-    return {**outcome, "last": run.module.STEPS}
+        found = run.store.read(_TURN)
+    return found
 
 
 def _state(run: Spilled, inputs: Mapping[str, Any], number: int) -> list[Tensor]:
     """A state from the disk, or from the newest one before it that can be read."""
     module, store = run.module, run.store
-    first, state = 0, None
+    first = 0
+    state: list[Tensor] = module.start(inputs)
     for earlier in reversed([b for b in run.boundaries() if 0 < b <= number]):
-        if _name(earlier) not in store:
-            continue
-        try:
-            first, state = earlier, store.read(_name(earlier))["state"]
+        if (found := _read(store, _name(earlier))) is not None:
+            first, state = earlier, found["state"]
             break
-        except DamagedFileError as error:
-            _warn(error, "an earlier state takes its place")
-    if state is None:
-        state = module.start(inputs)
     if first < number:
         losses = state[0].new_empty(module.STEPS, dtype=module.LOSS_DTYPE)
         state = module.forward(inputs, store.seed, state, losses, {}, (), first, number)
-    found: list[Tensor] = state
-    return found
+    return state
 
 
 def _name(state: int) -> str:
     return f"state {state}"
-
-
-def _warn(error: DamagedFileError, consequence: str) -> None:
-    warnings.warn(
-        f"a spilled file is damaged, so {consequence}: {error}", RuntimeWarning, stacklevel=3
-    )
