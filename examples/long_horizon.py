@@ -203,7 +203,7 @@ def main(
     if outer.losses:
         console.print(f"{state} holds {len(outer.losses)} outer steps: going on from there")
     else:
-        console.print(trainer.plan(outer.log_lr.exp()))
+        console.print(trainer.plan(outer.log_lr.exp()), highlight=False, soft_wrap=True)
     with bar:
         while len(outer.losses) < outer_steps:
             loss = outer.step(trainer)
