@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import unrollc
 
-START_LR = 0.05
+START_LR = 0.01
 OUTER_LR = 0.1  # in units of log learning rate
 BATCH = 16
 JUDGES = 3  # trainings with unseen weights and batches, by which a curve is judged

@@ -1,4 +1,4 @@
-"""Kill spilled runs of the toy loop and compare what they give with a run that was left alone.
+"""Kill spilled runs and compare what they give with a run that was left alone.
 
 A script: ``python -m tests.oracles.spill_kills DIRECTORY EXPERIMENT [TWIN]``; it prints one JSON
 object. Every warning is an error in the children: a kill damages no file.
@@ -17,8 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
+import unrollc
 from tests.oracles import kills, toy_loop
 from unrollc.runtime.spill import Spilled, spilled_adapt, spilled_backward
 from unrollc.runtime.store import Store, open_store
@@ -49,8 +52,8 @@ class NamesFirst(Store):
 TWINS: dict[str, type[Store]] = {"none": Store, "drops": DropsFirst, "names": NamesFirst}
 
 
-def task(home: Path, result: Path, kind: type[Store]) -> Callable[[], None]:
-    """A whole run, which writes a digest of what it finds to the file `result`."""
+def toy(home: Path, result: Path, kind: type[Store]) -> Callable[[], None]:
+    """A run of the toy loop, which writes a digest of what it finds to the file `result`."""
 
     def run() -> None:
         warnings.simplefilter("error")
@@ -66,9 +69,33 @@ def task(home: Path, result: Path, kind: type[Store]) -> Callable[[], None]:
     return run
 
 
+def compiled(home: Path, result: Path) -> Callable[[], None]:
+    """A run of a compiled program, with dropout, batch statistics and a learning rate a step."""
+    torch.set_num_threads(1)
+    layers = (nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(0.3), nn.Tanh(), nn.Linear(6, 3))
+    model = nn.Sequential(*layers)
+    lr = torch.linspace(0.01, 0.05, 200).requires_grad_()
+    opt = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    opt.param_groups[0]["lr"] = unrollc.PerStep(lr)
+    train = (torch.randn(200, 5, 4), torch.randint(3, (200, 5)))
+    val = (train[0][0], train[1][0])
+    program = unrollc.compile(model, opt, F.cross_entropy, spill=home)
+    program.lower(train, val)  # the children find it lowered
+
+    def run() -> None:
+        warnings.simplefilter("error")
+        run = program(train, val)
+        meta = [lr, *model.parameters()]
+        found = [run.loss, run.params, run.buffers, run.inner_losses]
+        found.append(torch.autograd.grad(run.loss, meta))
+        result.write_text(fingerprint(found))
+
+    return run
+
+
 def fingerprint(found: Any) -> str:
     leaves = [t for t in pytree.tree_leaves(found) if t is not None]
-    content = b"".join(t.contiguous().numpy().tobytes() for t in leaves)
+    content = b"".join(t.detach().contiguous().numpy().tobytes() for t in leaves)
     return hashlib.sha256(content).hexdigest()
 
 
@@ -79,17 +106,18 @@ def judge(home: Path, result: Path, expected: str) -> None:
     result.unlink()
 
 
-def at_random(base: Path, kind: type[Store], least: int = 50) -> dict[str, Any]:
-    """Kill at random moments until there were `least` kills in all."""
+def at_random(base: Path, least: int = 50) -> dict[str, Any]:
+    """Kill a compiled program at random moments until there were `least` kills in all."""
     draw = random.Random(7)
     home, result = base / "spill", base / "result"
     home.mkdir()
-    seconds = kills.run_through(task(home, result, kind))
+    task = compiled(home, result)
+    seconds = kills.run_through(task)
     expected = result.read_text()
     judge(home, result, expected)
     total = runs = 0
     while total < least:
-        total += kills.kill_until_done(task(home, result, kind), 0.6 * seconds, draw)
+        total += kills.kill_until_done(task, 0.6 * seconds, draw)
         judge(home, result, expected)
         runs += 1
     return {"kills": total, "runs": runs}
@@ -101,12 +129,12 @@ def at_every_change(base: Path, kind: type[Store]) -> dict[str, Any]:
     home.mkdir()
     toy_loop.SEGMENT = 25  # three segments: every change takes two children
     os.fsync = lambda _: None  # what was written survives a kill; a power cut is not tried
-    kills.run_through(task(home, result, kind))
+    kills.run_through(toy(home, result, kind))
     expected = result.read_text()
     judge(home, result, expected)
     number = 1
-    while kills.kill_before_change(task(home, result, kind), number):
-        kills.run_through(task(home, result, kind))
+    while kills.kill_before_change(toy(home, result, kind), number):
+        kills.run_through(toy(home, result, kind))
         judge(home, result, expected)
         number += 1
     return {"kills": number - 1}
@@ -114,5 +142,5 @@ def at_every_change(base: Path, kind: type[Store]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     base, experiment, twin = Path(sys.argv[1]), sys.argv[2], (*sys.argv[3:], "none")[0]
-    run = {"random": at_random, "changes": at_every_change}[experiment]
-    print(json.dumps(run(base, TWINS[twin])))
+    found = at_random(base) if experiment == "random" else at_every_change(base, TWINS[twin])
+    print(json.dumps(found))
