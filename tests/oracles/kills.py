@@ -6,13 +6,14 @@ milliseconds. That process must have no threads; it is a script that a test runs
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 #: Events of `sys.addaudithook` after which the disk may look different.
 _CHANGES = frozenset(
@@ -50,6 +51,14 @@ def run_through(task: Callable[[], None]) -> float:
     begin = time.perf_counter()
     assert not _was_killed(_fork(task))
     return time.perf_counter() - begin
+
+
+@contextlib.contextmanager
+def beside(task: Callable[[], None]) -> Iterator[None]:
+    """Run a task while the block runs; it must succeed."""
+    child = _fork(task)
+    yield
+    assert not _was_killed(child)
 
 
 def kill_until_done(task: Callable[[], None], longest: float, draw: random.Random) -> int:

@@ -49,7 +49,7 @@ class NamesFirst(Store):
             path.write_bytes(content)
 
 
-TWINS: dict[str, type[Store]] = {"none": Store, "drops": DropsFirst, "names": NamesFirst}
+TWINS: dict[str, type[Store]] = {"drops": DropsFirst, "names": NamesFirst}
 
 
 def toy(home: Path, result: Path, kind: type[Store]) -> Callable[[], None]:
@@ -123,7 +123,7 @@ def at_random(base: Path, least: int = 50) -> dict[str, Any]:
     return {"kills": total, "runs": runs}
 
 
-def at_every_change(base: Path, kind: type[Store]) -> dict[str, Any]:
+def at_every_change(base: Path, kind: type[Store] = Store) -> dict[str, Any]:
     """Kill before the first change of files, before the second, and so on to the end."""
     home, result = base / "spill", base / "result"
     home.mkdir()
@@ -140,7 +140,34 @@ def at_every_change(base: Path, kind: type[Store]) -> dict[str, Any]:
     return {"kills": number - 1}
 
 
+def together(base: Path, rounds: int = 6) -> dict[str, Any]:
+    """Two processes with equal runs in one directory, both killed again and again."""
+    home, results = base / "spill", [base / "one", base / "other"]
+    home.mkdir()
+    tasks = [toy(home, result, Store) for result in results]
+    seconds = kills.run_through(tasks[0])
+    expected = results[0].read_text()
+    for each in range(rounds):
+
+        def other(seed: int = each) -> None:
+            kills.kill_until_done(tasks[1], seconds, random.Random(seed))
+
+        with kills.beside(other):
+            kills.kill_until_done(tasks[0], seconds, random.Random(100 + each))
+        # What one had to leave behind while the other lived goes with the next run.
+        kills.run_through(tasks[0])
+        for result in results:
+            assert result.read_text() == expected, "another result"
+        assert not list(home.iterdir()), "something is left behind"
+    return {"rounds": rounds}
+
+
+EXPERIMENTS: dict[str, Callable[..., dict[str, Any]]] = {
+    "random": at_random,
+    "changes": at_every_change,
+    "together": together,
+}
+
 if __name__ == "__main__":
-    base, experiment, twin = Path(sys.argv[1]), sys.argv[2], (*sys.argv[3:], "none")[0]
-    found = at_random(base) if experiment == "random" else at_every_change(base, TWINS[twin])
-    print(json.dumps(found))
+    folder, experiment, *twin = sys.argv[1:]
+    print(json.dumps(EXPERIMENTS[experiment](Path(folder), *(TWINS[each] for each in twin))))

@@ -202,6 +202,11 @@ def test_fifty_kills_at_random_moments(tmp_path: Path) -> None:
     assert json.loads(done.stdout)["kills"] >= 50
 
 
+def test_two_processes_in_one_directory(tmp_path: Path) -> None:
+    done = kills(tmp_path, "together")
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_kill_before_every_change_of_files(tmp_path: Path) -> None:
     done = kills(tmp_path, "changes")
     assert done.returncode == 0, done.stderr
