@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from unrollc.errors import (
     NonFiniteError,
     NotYetError,
     RequirementError,
+    SpillError,
     UnrollcError,
 )
 from unrollc.requirements.verdict import Requirements
@@ -28,6 +30,7 @@ from unrollc.runtime.lowering import Lowered
 from unrollc.runtime.options import FirstOrder, Gradient, Truncated, read_options
 from unrollc.runtime.program import Program
 from unrollc.runtime.result import Result
+from unrollc.runtime.spill import Progress
 
 __all__ = [
     "BudgetError",
@@ -42,6 +45,7 @@ __all__ = [
     "RequirementError",
     "Requirements",
     "Result",
+    "SpillError",
     "Truncated",
     "UnrollcError",
     "check",
@@ -63,6 +67,8 @@ def compile(
     meta: Sequence[Tensor | PerStep | str] | None = None,
     gradient: Gradient = "exact",
     memory: int | str | None = None,
+    spill: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
     backend: str = "auto",
     debug: bool = False,
 ) -> Program:
@@ -91,9 +97,15 @@ def compile(
             the validation loss is that of the averaged weights.
         meta: Meta-parameters, as tensors or labels; by default everything that requires grad.
         gradient: "exact", `FirstOrder` or `Truncated`.
-        memory: Bytes that a run may hold beyond its inputs, as a number or as text like "64MiB".
-            Steps run again where their states do not fit, as few as possible (Griewank and Walther
-            2000). None keeps every state, which is fastest.
+        memory: Bytes that a run may hold beyond its inputs, as a number or as text like "64MiB";
+            None for the fastest schedule. A smaller budget repeats more steps.
+        spill: A directory. States that the backward pass needs are written there, one every √T
+            steps or as often as `memory` asks for, and each inner step runs twice, at any T. The
+            files go with the backward pass, with the result, or with an exception. They stay where
+            the process is killed: the next run of the same program with the same inputs goes on
+            from them, with identical numbers.
+        progress: ``progress(done, total)``, called after each segment of a spilled run with inner
+            steps, forward and backward.
         backend: "auto" or "aten" in this version.
         debug: Look for NaN and infinity in data, losses and parameters at every call.
 
@@ -107,7 +119,8 @@ def compile(
     val_loss = loss if val_loss is None else val_loss
     problem = Problem(model, opt, loss, val_loss, grad_transform, scheduler, average)
     _check_kinds(problem)
-    return Program(problem, read_options(meta, gradient, memory, backend, debug))
+    options = read_options(meta, gradient, memory, backend, debug, spill, progress)
+    return Program(problem, options)
 
 
 def _check_kinds(problem: Problem) -> None:

@@ -93,3 +93,7 @@ class NotYetError(UnrollcError, NotImplementedError):
 
 class NonFiniteError(UnrollcError, ArithmeticError):
     """A NaN or an infinity was found while running with ``debug=True``."""
+
+
+class SpillError(UnrollcError):
+    """States cannot be spilled to the disk, or are no longer there."""

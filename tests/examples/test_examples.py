@@ -107,7 +107,7 @@ def test_learned_optimizer(tmp_path: Path) -> None:
     assert losses["learned"][1] > losses["SGD"][1]
 
 
-EXAMPLES = ["maml_glyphs.py", "hyperparameters.py", "learned_optimizer.py"]
+EXAMPLES = ["maml_glyphs.py", "hyperparameters.py", "learned_optimizer.py", "long_horizon.py"]
 
 
 @pytest.mark.parametrize("example", EXAMPLES)

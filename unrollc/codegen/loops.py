@@ -10,9 +10,10 @@ from unrollc.plan.schedule import Schedule
 from unrollc.step import Role, StepGraph
 
 
-def render_constants(schedule: Schedule) -> list[str]:
-    """The schedule's numbers."""
-    lines = [f"STEPS = {schedule.steps}"]
+def render_constants(pieces: Pieces) -> list[str]:
+    """The schedule's numbers, and the dtype of the inner losses."""
+    schedule = pieces.schedule
+    lines = [f"STEPS = {schedule.steps}", f"LOSS_DTYPE = {_loss_dtype(pieces.steps[0])}"]
     if not schedule.differentiates:
         return lines
     lines.append(f"STOP = {schedule.stop}  # the first step that is reversed")
@@ -33,20 +34,19 @@ def render_loops(pieces: Pieces) -> list[str]:
     schedule = pieces.schedule
     parts = [_FORWARD]
     if not schedule.differentiates:
-        return [*parts, _adapt(pieces, "()")]
+        return [*parts, _adapt("()")]
     if _slots(schedule) is None:
-        return [*parts, _adapt(pieces, "range(STOP, STEPS)"), _REVERSE_KEPT, _BACKWARD, _BOTH]
+        return [*parts, _adapt("range(STOP, STEPS)"), _REVERSE_KEPT, _BACKWARD, _BOTH]
     parts += [inspect.getsource(stride).rstrip(), _REVERSE_BINOMIAL]
     if schedule.segment is not None:
-        return [*parts, _adapt(pieces, "range(STOP, STEPS, SEGMENT)"), _BACKWARD_SEGMENTS, _BOTH]
+        return [*parts, _adapt("range(STOP, STEPS, SEGMENT)"), _BACKWARD_SEGMENTS, _BOTH]
     kept = "set(checkpoints(STOP, STEPS, SLOTS))"
     parts.insert(2, inspect.getsource(checkpoints).rstrip())
-    return [*parts, _adapt(pieces, kept), _BACKWARD, _BOTH]
+    return [*parts, _adapt(kept), _BACKWARD, _BOTH]
 
 
-def _adapt(pieces: Pieces, kept: str) -> str:
-    dtype = _loss_dtype(pieces.steps[0])
-    return _ADAPT.replace("KEPT", kept).replace("LOSS_DTYPE", str(dtype))
+def _adapt(kept: str) -> str:
+    return _ADAPT.replace("KEPT", kept)
 
 
 def _loss_dtype(step: StepGraph) -> object:

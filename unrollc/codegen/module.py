@@ -83,7 +83,7 @@ class _Module:
             self._header(),
             "import math  # noqa: F401\n\nimport torch",
             "\n".join(self._aliases()),
-            "\n".join([*render_constants(pieces.schedule), *tables, *constants]),
+            "\n".join([*render_constants(pieces), *tables, *constants]),
             *([_DRAW] if noise else []),
             *noise,
             *functions,

@@ -6,6 +6,7 @@ bisection.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from unrollc.errors import BudgetError
@@ -46,6 +47,40 @@ def choose_schedule(pieces: Pieces, budget: int) -> Schedule:
         else:
             too_many = slots
     return replace(leanest, slots=fitting)
+
+
+def choose_segments(pieces: Pieces, budget: int | None) -> Schedule:
+    """The two-level schedule: states on the disk, and between two of them every state in memory.
+
+    Each step runs twice whatever the length of a segment, so √T steps are enough: that many states
+    are written, and a run that is cut off loses no more work than one segment. Where they do not
+    fit, the longest segments that do are taken.
+
+    Args:
+        pieces: The program; the T and the stop of its schedule count.
+        budget: Bytes that a run may hold beyond its inputs; None for no limit.
+
+    Raises:
+        BudgetError: If not even segments of one step fit.
+    """
+    given = pieces.schedule
+    if not given.differentiates:
+        return given if budget is None else choose_schedule(pieces, budget)
+    wished = math.isqrt(given.steps - given.stop - 1) + 1
+    longest = replace(given, slots=None, segment=wished, records=False)
+    if budget is None or _peak(pieces, longest) <= budget:
+        return longest
+    shortest = replace(longest, segment=1)
+    if _peak(pieces, shortest) > budget:
+        raise _too_small(pieces, shortest, budget)
+    fitting, too_long = 1, wished
+    while too_long - fitting > 1:
+        length = (fitting + too_long) // 2
+        if _peak(pieces, replace(longest, segment=length)) <= budget:
+            fitting = length
+        else:
+            too_long = length
+    return replace(longest, segment=fitting)
 
 
 def _peak(pieces: Pieces, schedule: Schedule) -> int:

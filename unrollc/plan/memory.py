@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from rich.console import Console
 from rich.table import Table
 
-from unrollc.plan.choice import choose_schedule
+from unrollc.plan.choice import choose_schedule, choose_segments
 from unrollc.plan.cost import Cost, cost_of, human_bytes
 from unrollc.plan.horizon import extended, steady
 from unrollc.plan.pieces import Pieces
@@ -69,7 +69,8 @@ class MemoryPlan:
             InputError: If the captured loop is too short to tell what its steady step is.
             BudgetError: If no schedule of so many steps fits into the budget.
         """
-        return plan_memory(extended(self._pieces, steps), self.budget)
+        spill = self.schedule.segment is not None
+        return plan_memory(extended(self._pieces, steps), self.budget, spill=spill)
 
     def __str__(self) -> str:
         table = Table(title="Memory plan", title_justify="left", show_header=False)
@@ -95,17 +96,20 @@ class MemoryPlan:
         return out.getvalue().rstrip()
 
 
-def plan_memory(pieces: Pieces, budget: int | None = None) -> MemoryPlan:
+def plan_memory(pieces: Pieces, budget: int | None = None, *, spill: bool = False) -> MemoryPlan:
     """``pieces, budget --> plan``: choose a schedule and execute it on storages.
 
     Args:
         pieces: The program; without a budget its own schedule is planned.
         budget: Bytes that a run may hold beyond its inputs.
+        spill: Whether states go to the disk.
 
     Raises:
         BudgetError: If no schedule fits.
     """
-    if budget is not None:
+    if spill:
+        pieces = replace(pieces, schedule=choose_segments(pieces, budget))
+    elif budget is not None:
         pieces = replace(pieces, schedule=choose_schedule(pieces, budget))
     found = predict(pieces)
     return MemoryPlan(

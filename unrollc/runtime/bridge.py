@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
+from unrollc.runtime.spill import Spilled, spilled_adapt, spilled_backward
+
 
 @dataclass
 class Run:
@@ -22,6 +24,7 @@ class Run:
         inputs: Tensors by label; lists of tensors for batches in list form.
         seed: Where the run's noise comes from.
         wanted: Labels of the meta-parameters in the order of their tensors.
+        spilled: The run's states on the disk; None if they are in memory.
         loss, state, inner_losses: What ``adapt`` returned.
         kept, cotangents, totals: What ``backward`` needs; dropped after the last backward pass.
     """
@@ -30,6 +33,7 @@ class Run:
     inputs: Mapping[str, Any]
     seed: int
     wanted: tuple[str, ...]
+    spilled: Spilled | None = None
     state: tuple[Tensor, ...] = ()
     inner_losses: Tensor | None = None
     kept: dict[int, Any] = field(default_factory=dict)
@@ -47,6 +51,10 @@ class Run:
         return first.device.type
 
     def _adapt(self) -> Tensor:
+        if self.spilled is not None:
+            loss, state, self.inner_losses = spilled_adapt(self.spilled, self.inputs)
+            self.state = tuple(state)
+            return loss
         loss, self.state, self.inner_losses, self.kept, cotangents, self.totals = self.module.adapt(
             self.inputs, self.seed
         )
@@ -55,7 +63,7 @@ class Run:
 
     def forget(self) -> None:
         """Drop what only a backward pass needs."""
-        self.kept, self.cotangents, self.totals = {}, [], {}
+        self.kept, self.cotangents, self.totals, self.spilled = {}, [], {}, None
 
 
 class MetaLoop(torch.autograd.Function):
@@ -69,6 +77,7 @@ class MetaLoop(torch.autograd.Function):
         ctx.spec, ctx.module, ctx.seed, ctx.wanted = spec, run.module, run.seed, run.wanted
         ctx.device = run.device
         ctx.kept, ctx.cotangents, ctx.totals = run.kept, run.cotangents, run.totals
+        ctx.spilled = run.spilled
         run.forget()
         return loss
 
@@ -76,15 +85,9 @@ class MetaLoop(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         inputs = pytree.tree_unflatten(ctx.saved_tensors, ctx.spec)
-        if torch._C._autograd._get_current_graph_task_keep_graph():
-            kept, cotangents = {j: list(s) for j, s in ctx.kept.items()}, list(ctx.cotangents)
-            handed = kept, cotangents, pytree.tree_map(_copied, ctx.totals)
-        else:  # the generated program takes over what it gets
-            handed = ctx.kept, ctx.cotangents, ctx.totals
-            ctx.kept = ctx.cotangents = ctx.totals = None
+        again = torch._C._autograd._get_current_graph_task_keep_graph()
         with torch.autocast(ctx.device, enabled=False):
-            gradients = ctx.module.backward(inputs, ctx.seed, *handed)
-        del handed
+            gradients = _pulled_back(ctx, inputs, again)
         flat: list[Tensor | None] = [None]
         for label in ctx.wanted:
             value = gradients.pop(label, None)
@@ -92,6 +95,23 @@ class MetaLoop(torch.autograd.Function):
             values = [value] if count is None else (value or [None] * count)
             flat += [None if v is None else v * cotangent.to(v.dtype) for v in values]
         return tuple(flat)
+
+
+def _pulled_back(ctx: Any, inputs: Mapping[str, Any], again: bool) -> dict[str, Any]:
+    """Meta-gradients by label; what only a backward pass needs goes, unless another follows."""
+    if ctx.spilled is not None:
+        spilled = ctx.spilled
+        if not again:
+            ctx.spilled = None
+        return spilled_backward(spilled, inputs, again=again)
+    if again:
+        kept, cotangents = {j: list(s) for j, s in ctx.kept.items()}, list(ctx.cotangents)
+        handed = kept, cotangents, pytree.tree_map(_copied, ctx.totals)
+    else:  # the generated program takes over what it gets
+        handed = ctx.kept, ctx.cotangents, ctx.totals
+        ctx.kept = ctx.cotangents = ctx.totals = None
+    gradients: dict[str, Any] = ctx.module.backward(inputs, ctx.seed, *handed)
+    return gradients
 
 
 def _copied(value: Any) -> Any:

@@ -203,7 +203,7 @@ def lower(
         requirements = confirmed(requirements, found)
         requirements.raise_for_failure()
     pieces = _pieces(loop, captured.val, found, meta, options, stock, train)
-    plan = plan_memory(pieces, options.memory)
+    plan = plan_memory(pieces, options.memory, spill=options.spill is not None)
     pieces = replace(pieces, schedule=plan.schedule)
     return Lowered(
         requirements=requirements,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from unrollc.capture.nests import is_continuous
 from unrollc.capture.problem import PerStep, Stock
 from unrollc.errors import InputError, NotYetError, RequirementError
 from unrollc.requirements.judge import MetaParameter
+from unrollc.runtime.spill import Progress
 from unrollc.step import STARTS, Role
 
 
@@ -57,12 +60,16 @@ class Options:
         gradient: "exact", `FirstOrder` or `Truncated`.
         debug: Whether every run looks for NaN and infinity.
         memory: Bytes that a run may hold beyond its inputs; None for the fastest schedule.
+        spill: The directory in which states are kept on the disk; None keeps them in memory.
+        progress: Told after each segment of a spilled run how far it is.
     """
 
     meta: tuple[Any, ...] | None
     gradient: Gradient
     debug: bool
     memory: int | None = None
+    spill: pathlib.Path | None = None
+    progress: Progress | None = None
 
     @property
     def first_order(self) -> bool:
@@ -75,7 +82,15 @@ class Options:
         return steps
 
 
-def read_options(meta: Any, gradient: Any, memory: Any, backend: Any, debug: Any) -> Options:
+def read_options(
+    meta: Any,
+    gradient: Any,
+    memory: Any,
+    backend: Any,
+    debug: Any,
+    spill: Any = None,
+    progress: Any = None,
+) -> Options:
     """Check the keyword arguments of ``compile``.
 
     Raises:
@@ -102,7 +117,28 @@ def read_options(meta: Any, gradient: Any, memory: Any, backend: Any, debug: Any
             f"meta is {type(meta).__name__}, not a list",
             remedy="pass a list of tensors or labels, e.g. meta=[lr] or meta=['fc.weight']",
         )
-    return Options(None if meta is None else tuple(meta), gradient, debug, budget)
+    listed = None if meta is None else tuple(meta)
+    return Options(listed, gradient, debug, budget, *_read_spill(spill, progress))
+
+
+def _read_spill(spill: Any, progress: Any) -> tuple[pathlib.Path | None, Progress | None]:
+    if spill is not None and not isinstance(spill, str | os.PathLike):
+        raise InputError(
+            f"spill is {type(spill).__name__}, not a directory",
+            remedy='pass the path of a directory, e.g. spill="states"',
+        )
+    if progress is not None and not callable(progress):
+        raise InputError(
+            f"progress is {type(progress).__name__}, not a callable",
+            remedy="pass a function progress(done, total) of two numbers of inner steps",
+        )
+    if progress is not None and spill is None:
+        raise InputError(
+            "progress= is given without spill=",
+            why="it is called after each segment of a run whose states are on the disk",
+            remedy="pass spill= a directory too",
+        )
+    return None if spill is None else pathlib.Path(os.fsdecode(spill)), progress
 
 
 _UNITS = {

@@ -35,6 +35,9 @@ from unrollc.runtime.load import load
 from unrollc.runtime.lowering import Lowered, check, lower
 from unrollc.runtime.options import Options
 from unrollc.runtime.result import Result
+from unrollc.runtime.spill import Spilled
+from unrollc.runtime.store import open_store
+from unrollc.runtime.tensor_files import digest_of
 from unrollc.step import STATE_ROLES, Role
 
 
@@ -96,7 +99,8 @@ class Program:
             _check_finite(inputs, lowered.pieces.per_step)
         noisy = any(graph.inputs_with(Role.NOISE) for graph in lowered.pieces.graphs)
         seed = int(torch.randint(2**62, (), dtype=torch.int64)) if noisy else 0
-        run = Run(module, inputs, seed, lowered.pieces.wanted)
+        spilled = self._spilled(lowered, module, inputs, seed)
+        run = Run(module, inputs, seed, lowered.pieces.wanted, spilled)
         meta = [t for label in run.wanted for t in pytree.tree_leaves(inputs[label])]
         if meta:
             loss: Tensor = MetaLoop.apply(run, *meta)  # type: ignore[no-untyped-call]
@@ -185,6 +189,16 @@ class Program:
             oldest = next(iter(self._cache))
             del self._cache[oldest], self._pinned[oldest]
         return variants
+
+    def _spilled(
+        self, lowered: Lowered, module: ModuleType, inputs: dict[str, Any], seed: int
+    ) -> Spilled | None:
+        """The files of a call whose schedule spills; those of a killed one where there are any."""
+        options = self._options
+        if options.spill is None or lowered.plan.schedule.segment is None:
+            return None
+        store = open_store(options.spill, digest_of(lowered.code, inputs), seed)
+        return Spilled(module, store, options.progress)
 
     # -- results ----------------------------------------------------------------------------------
 
