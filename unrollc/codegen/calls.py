@@ -36,18 +36,25 @@ def first_state(pieces: Pieces) -> list[Value]:
 
 def render_advance(pieces: Pieces) -> tuple[str, list[str]]:
     """The function that runs inner step j, and the tables that it needs."""
+    records = pieces.schedule.records
     lines = [
         "def advance(inputs, seed, j, state):",
-        '    """Inner step j. It takes `state` over; returns the next state and the inner loss."""',
+        '    """Inner step j. It takes `state` over; returns the next state and the inner loss'
+        + (", and what the\n    adjoint of the step reads besides `state`." if records else ".")
+        + '"""',
     ]
 
     def arm(index: int) -> list[str]:
         graph = pieces.steps[index]
         noise, args = _arguments(pieces, f"step_{index}", graph, "j", index)
-        return [*noise, *_statement(f"*state, loss = step_{index}", args)]
+        kept = bool(graph.outputs_with(Role.RESIDUAL))
+        targets = "*state, loss, residuals" if kept else "*state, loss"
+        none = ["residuals = []"] if records and not kept else []
+        return [*noise, *none, *_statement(f"{targets} = step_{index}", args)]
 
     body, tables = _dispatch(pieces.sequence, "STEP_OF", arm)
-    lines += [f"    {line}" for line in [*body, "return state, loss"]]
+    what = "state, loss, residuals" if records else "state, loss"
+    lines += [f"    {line}" for line in [*body, f"return {what}"]]
     return "\n".join(lines), tables
 
 
@@ -180,8 +187,11 @@ def _arguments(
             owner = "validate" if step is None else f"step_{step}"
             drawn = pieces.val if step is None else pieces.steps[step]
             mine = [value.label for value, _ in graph.inputs_with(Role.NOISE)]
-            assert mine == [value.label for value, _ in drawn.inputs_with(Role.NOISE)], name
+            every = [value.label for value, _ in drawn.inputs_with(Role.NOISE)]
             noise = [f"noise = noise_{owner}(seed, {number})"]
+            if mine != every:
+                picked = ", ".join(f"noise[{every.index(label)}]" for label in mine)
+                noise.append(f"noise = [{picked}]")
         args.append(_validated(pieces) if (name, each) == ("validate", "state") else each)
     for value in parameters_of(graph):
         index = f"[{number}]" if value.label in pieces.per_step else ""

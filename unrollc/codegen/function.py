@@ -25,7 +25,7 @@ _TITLES = {
 
 #: Lists that a function takes over, with the roles of what is in them.
 LISTS = (
-    ("state", STATE_ROLES),
+    ("state", (*STATE_ROLES, Role.RESIDUAL)),
     ("cotangents", (Role.COTANGENT,)),
     ("noise", (Role.NOISE,)),
 )
@@ -87,8 +87,14 @@ def render_function(
     lines += _body(step, names)
     results = [names[node] for node in step.results if node is not None]
     lines.append("    return (")
-    for value, result in zip(returned(step), results, strict=True):
-        lines.append(f"        {result},  # {_label(value)}")
+    pairs = list(zip(returned(step), results, strict=True))
+    for value, result in pairs:
+        if value.role is not Role.RESIDUAL:
+            lines.append(f"        {result},  # {_label(value)}")
+    if residuals := [result for value, result in pairs if value.role is Role.RESIDUAL]:
+        lines.append("        [  # residuals: what the adjoint of the step reads besides its state")
+        lines += [f"            {result}," for result in residuals]
+        lines.append("        ],")
     lines.append("    )")
     return "\n".join(lines)
 

@@ -32,7 +32,7 @@ def _slots(schedule: Schedule) -> int | None:
 def render_loops(pieces: Pieces) -> list[str]:
     """The functions that run the schedule."""
     schedule = pieces.schedule
-    parts = [_FORWARD]
+    parts = [_FORWARD_RECORDING if schedule.records else _FORWARD]
     if not schedule.differentiates:
         return [*parts, _adapt("()")]
     if _slots(schedule) is None:
@@ -74,6 +74,29 @@ def forward(inputs, seed, state, losses, kept, keep, first, last):
         if j in keep:
             kept[j] = list(state)
         state, losses[j] = advance(inputs, seed, j, state)
+    return state'''
+
+_FORWARD_RECORDING = '''\
+@torch.no_grad()
+def forward(inputs, seed, state, losses, kept, keep, first, last):
+    """Run the inner steps `first` to `last` - 1 from `state`, which is taken over.
+
+    Args:
+        inputs: Tensors by label.
+        seed: Integer from which all noise of the run follows.
+        state: The state that step `first` starts from.
+        losses: Receives the inner losses; a tensor of shape [STEPS].
+        kept: Receives the states whose numbers are in `keep`, with the residuals of their steps.
+
+    Returns:
+        The state after step `last` - 1.
+    """
+    for j in range(first, last):
+        begin = list(state) if j in keep else []
+        state, losses[j], residuals = advance(inputs, seed, j, state)
+        if j in keep:
+            kept[j] = begin + residuals
+        del begin, residuals
     return state'''
 
 _ADAPT = '''\

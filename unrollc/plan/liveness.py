@@ -12,7 +12,7 @@ from unrollc.step import STATE_ROLES, Role, StepGraph, tensors_of
 
 #: Roles of inputs that a generated function takes over: lists that it empties, so that a tensor
 #: that nobody else holds dies after its last use.
-TAKEN_OVER = (*STATE_ROLES, Role.COTANGENT, Role.NOISE)
+TAKEN_OVER = (*STATE_ROLES, Role.RESIDUAL, Role.COTANGENT, Role.NOISE)
 
 
 @dataclass(frozen=True)

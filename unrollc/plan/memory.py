@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import functools
 import io
-from collections import Counter
 from dataclasses import dataclass, field, replace
 
 from rich.console import Console
 from rich.table import Table
 
-from unrollc.plan.choice import choose_schedule, choose_segments
-from unrollc.plan.cost import Cost, cost_of, human_bytes
-from unrollc.plan.horizon import extended, steady
+from unrollc.plan.calibration import current_rates
+from unrollc.plan.choice import choose
+from unrollc.plan.cost import Cost, human_bytes
+from unrollc.plan.horizon import extended
 from unrollc.plan.pieces import Pieces
 from unrollc.plan.predict import predict
+from unrollc.plan.run_cost import RunCost, run_cost, total_cost
 from unrollc.plan.schedule import Schedule
 from unrollc.plan.simulate import Moment, Part, simulate
 
@@ -33,6 +34,8 @@ class MemoryPlan:
         composition: What is held at the peak, by role and by source line, the largest first.
         modes: How the adjoints were made, with the reason.
         cost: Work of the whole run.
+        work: The same as polynomials in the number of steps T and of repeated steps R.
+        pieces: The graphs of the program in the order of its schedule.
     """
 
     peak: Moment
@@ -41,7 +44,9 @@ class MemoryPlan:
     composition: tuple[Part, ...] = field(repr=False)
     modes: tuple[tuple[str, str], ...]
     cost: Cost
-    _pieces: Pieces = field(repr=False, compare=False)
+    work: RunCost = field(repr=False)
+    pieces: Pieces = field(repr=False, compare=False)
+    _given: Pieces = field(repr=False, compare=False)
 
     @property
     def peak_bytes(self) -> int:
@@ -54,7 +59,7 @@ class MemoryPlan:
 
         It is made when it is first asked for, in time proportional to the steps that run.
         """
-        return simulate(self._pieces).timeline
+        return simulate(self.pieces).timeline
 
     def for_steps(self, steps: int) -> MemoryPlan:
         """The plan of the same program for another number of inner steps, without lowering.
@@ -70,7 +75,7 @@ class MemoryPlan:
             BudgetError: If no schedule of so many steps fits into the budget.
         """
         spill = self.schedule.segment is not None
-        return plan_memory(extended(self._pieces, steps), self.budget, spill=spill)
+        return plan_program(extended(self._given, steps), self.budget, spill=spill)
 
     def __str__(self) -> str:
         table = Table(title="Memory plan", title_justify="left", show_header=False)
@@ -91,51 +96,40 @@ class MemoryPlan:
         for mode, reason in self.modes:
             table.add_row("adjoint", f"{mode} mode: {reason}" if reason else f"{mode} mode")
         table.add_row("products", f"{self.cost.operations / 1e9:.3g} G operations")
+        for line in str(self.work).splitlines():
+            table.add_row("work", line)
+        table.add_row("rates", str(current_rates()))
         out = io.StringIO()
         Console(file=out, width=100, color_system=None).print(table)
         return out.getvalue().rstrip()
 
 
-def plan_memory(pieces: Pieces, budget: int | None = None, *, spill: bool = False) -> MemoryPlan:
-    """``pieces, budget --> plan``: choose a schedule and execute it on storages.
+def plan_program(pieces: Pieces, budget: int | None, *, spill: bool = False) -> MemoryPlan:
+    """``pieces, budget --> plan``: choose the program that will run, and plan its memory.
 
     Args:
-        pieces: The program; without a budget its own schedule is planned.
-        budget: Bytes that a run may hold beyond its inputs.
+        pieces: A program that keeps every state.
+        budget: Bytes that a run may hold beyond its inputs; None for the fastest program.
         spill: Whether states go to the disk.
 
     Raises:
-        BudgetError: If no schedule fits.
+        BudgetError: If nothing fits.
     """
-    if spill:
-        pieces = replace(pieces, schedule=choose_segments(pieces, budget))
-    elif budget is not None:
-        pieces = replace(pieces, schedule=choose_schedule(pieces, budget))
+    plan = plan_memory(choose(pieces, budget, spill=spill))
+    return replace(plan, budget=budget, _given=pieces)
+
+
+def plan_memory(pieces: Pieces) -> MemoryPlan:
+    """``pieces --> plan``: what the program holds under its own schedule."""
     found = predict(pieces)
     return MemoryPlan(
         peak=found.moment,
-        budget=budget,
+        budget=None,
         schedule=pieces.schedule,
         composition=found.composition,
         modes=tuple(dict.fromkeys((a.mode, a.reason) for a in pieces.adjoints)),
-        cost=_total_cost(pieces),
-        _pieces=pieces,
-    )
-
-
-def _total_cost(pieces: Pieces) -> Cost:
-    """The cost of the whole run; steps that run again count as steady ones."""
-    schedule = pieces.schedule
-    runs = Counter(pieces.sequence)
-    runs[pieces.sequence[steady(pieces)[0]]] += schedule.recomputed
-    reversals = Counter(index for index in pieces.adjoint_sequence if index is not None)
-    parts = [
-        (cost_of(pieces.val_gradient or pieces.val), 1),
-        *((cost_of(pieces.steps[index]), count) for index, count in runs.items()),
-        *((cost_of(pieces.adjoints[index].graph), count) for index, count in reversals.items()),
-    ]
-    return Cost(
-        sum(part.operations * count for part, count in parts),
-        sum(part.bytes_moved * count for part, count in parts),
-        sum(part.calls * count for part, count in parts),
+        cost=total_cost(pieces),
+        work=run_cost(pieces, pieces.schedule.recomputed),
+        pieces=pieces,
+        _given=pieces,
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
+import torch
+
 from unrollc.differentiate.adjoint import StepAdjoint
 from unrollc.plan.schedule import Schedule
 from unrollc.step import STATE_ROLES, Role, StepGraph
@@ -42,6 +44,13 @@ class Pieces:
     @property
     def differentiates(self) -> bool:
         return self.val_gradient is not None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the fast weights live."""
+        _, node = self.steps[0].inputs_with(Role.THETA)[0]
+        device: torch.device = node.meta["val"].device
+        return device
 
     @property
     def validated_roles(self) -> frozenset[Role]:

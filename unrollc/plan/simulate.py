@@ -20,6 +20,7 @@ from unrollc.plan.actions import (
     Drop,
     Fetch,
     Keep,
+    Record,
     Restore,
     Reverse,
     Spill,
@@ -159,13 +160,18 @@ class _Signature:
             for _, node in graph.inputs_with(Role.NOISE)
             if draws_noise(graph)
         ]
-        lists = (STATE_ROLES, (Role.COTANGENT,), (Role.NOISE,) if self.noise else ())
+        lists = (
+            (*STATE_ROLES, Role.RESIDUAL),
+            (Role.COTANGENT,),
+            (Role.NOISE,) if self.noise else (),
+        )
         self.names = [[v.name for v, _ in graph.inputs_with(*roles)] for roles in lists]
         self.outputs = tuple(zip(graph.outputs, graph.results, strict=True))
         self.kinds = [
             "cotangents" if value.role is Role.COTANGENT else value.role.value
             for value in graph.outputs
         ]
+        self.residuals = [n for n, v in enumerate(graph.outputs) if v.role is Role.RESIDUAL]
         self.state = [n for n, value in enumerate(graph.outputs) if value.role in STATE_ROLES]
         self.frames: dict[tuple[object, ...], Frame] = {}
 
@@ -223,10 +229,16 @@ class _Run:
                 dropped = self.kept.pop(state)
                 self.held.release(dropped)
                 self.waiting.release(dropped)
-            case Advance(step):
+            case Advance(step) | Record(step):
                 graph = self.pieces.steps[self.pieces.sequence[step]]
                 results = self._call(f"step {step}", graph, self.state)
-                self._replace_state([results[n] for n in self._signature(graph).state])
+                signature = self._signature(graph)
+                if isinstance(action, Record):
+                    residuals = [results[n] for n in signature.residuals]
+                    self.kept[step] += residuals
+                    self.held.hold(residuals)
+                    self.waiting.hold(residuals)
+                self._replace_state([results[n] for n in signature.state])
             case Validate():
                 self._validate()
             case Reverse(step):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor, fx
 
@@ -19,7 +19,7 @@ from unrollc.capture.validation import capture_val
 from unrollc.codegen.module import GeneratedCode, generate
 from unrollc.errors import InputError
 from unrollc.optimize.simplify import simplify
-from unrollc.plan.memory import MemoryPlan, plan_memory
+from unrollc.plan.memory import MemoryPlan, plan_program
 from unrollc.plan.pieces import Pieces
 from unrollc.plan.schedule import forward_only, keep_all
 from unrollc.requirements.check import check_requirements, settle_singularities
@@ -203,8 +203,8 @@ def lower(
         requirements = confirmed(requirements, found)
         requirements.raise_for_failure()
     pieces = _pieces(loop, captured.val, found, meta, options, stock, train)
-    plan = plan_memory(pieces, options.memory, spill=options.spill is not None)
-    pieces = replace(pieces, schedule=plan.schedule)
+    plan = plan_program(pieces, options.memory, spill=options.spill is not None)
+    pieces = plan.pieces
     return Lowered(
         requirements=requirements,
         loop=loop,
