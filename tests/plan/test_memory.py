@@ -135,7 +135,7 @@ def test_the_timeline_reaches_the_peak(name: str) -> None:
 def test_kept_states_grow_by_a_state_a_step() -> None:
     """State 0 is the user's; each later one is θ and momentum. State j is kept before step j."""
     setting = Setting()
-    plan = setting.lowered.plan
+    plan = plan_memory(setting.lowered.plan._given)  # without residuals
     theta = sum(p.numel() * 8 for p in setting.model.parameters())
     kept = [moment.kept for moment in plan.timeline if moment.action.startswith("step ")]
     assert kept == [2 * theta * j for j in range(T)]
@@ -145,7 +145,7 @@ def test_the_table_tells_the_peak() -> None:
     plan = Setting().lowered.plan
     text = str(plan)
     assert plan.peak.action in text
-    assert "keep every state: 6 steps, 0 recomputed" in text
+    assert "keep every state and residuals: 6 steps, 0 recomputed" in text
     assert max(len(line) for line in text.splitlines()) <= 100
 
 
