@@ -66,7 +66,8 @@ def kill_until_done(task: Callable[[], None], longest: float, draw: random.Rando
 
     Args:
         task: What to run.
-        longest: Each child is killed after a random time up to so many seconds.
+        longest: Each child is killed after a random time up to so many seconds, a tenth more for
+            each child, so that a machine that has become slower gets through too.
         draw: Where the times come from.
     """
     kills = 0
@@ -77,6 +78,7 @@ def kill_until_done(task: Callable[[], None], longest: float, draw: random.Rando
         if not _was_killed(child):
             return kills
         kills += 1
+        longest *= 1.1
 
 
 def kill_before_change(task: Callable[[], None], number: int) -> bool:

@@ -129,17 +129,22 @@ print(len(os.listdir({str(tmp_path)!r})), float(store.read("a").sum()))
 def test_a_child_does_not_keep_a_dead_run_alive(tmp_path: Path) -> None:
     store = open_store(tmp_path, DIGEST, seed=3)
     read, write = os.pipe()
+    runs, started = os.pipe()
     child = os.fork()
     if not child:
         os.close(write)
+        os.write(started, b"!")
         os.read(read, 1)  # lives until the parent lets it go
         os._exit(0)
+    os.read(runs, 1)
     abandon(store)
     try:
         assert open_store(tmp_path, DIGEST, seed=4).seed == 3
     finally:
         os.close(write)
         os.waitpid(child, 0)
+        for descriptor in (read, runs, started):
+            os.close(descriptor)
 
 
 def test_a_full_disk_is_said(tmp_path: Path) -> None:

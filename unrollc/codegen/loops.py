@@ -11,9 +11,9 @@ from unrollc.step import Role, StepGraph
 
 
 def render_constants(pieces: Pieces) -> list[str]:
-    """The schedule's numbers, and the dtype of the inner losses."""
+    """The dtype of the inner losses, and the schedule's numbers."""
     schedule = pieces.schedule
-    lines = [f"STEPS = {schedule.steps}", f"LOSS_DTYPE = {_loss_dtype(pieces.steps[0])}"]
+    lines = [f"LOSS_DTYPE = {_loss_dtype(pieces.steps[0])}", f"STEPS = {schedule.steps}"]
     if not schedule.differentiates:
         return lines
     lines.append(f"STOP = {schedule.stop}  # the first step that is reversed")
