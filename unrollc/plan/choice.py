@@ -1,4 +1,4 @@
-"""Which schedule a budget allows: the fewest repeated steps that fit.
+"""Which program a budget allows: forward mode, or the schedule with the fewest repeated steps.
 
 Peaks grow with the number of kept states, so the largest number of slots is found by doubling and
 bisection.
@@ -11,9 +11,54 @@ from dataclasses import replace
 
 from unrollc.errors import BudgetError
 from unrollc.plan.cost import human_bytes
+from unrollc.plan.forward import in_forward_mode
 from unrollc.plan.pieces import Pieces
 from unrollc.plan.predict import predict
 from unrollc.plan.schedule import Schedule
+from unrollc.plan.work import total_cost
+
+
+def choose(pieces: Pieces, budget: int | None, *, spill: bool = False) -> tuple[Pieces, str]:
+    """The program to run, its schedule chosen, and what is to be said about forward mode.
+
+    Forward mode keeps nothing for a backward pass, but pushes a tangent forward for every element
+    of the meta-parameters. Of the programs that fit, the one with the lower predicted cost.
+
+    Args:
+        pieces: A program with adjoints, and maybe a form in forward mode.
+        budget: Bytes that a run may hold beyond its inputs; None without a budget.
+        spill: Whether states go to the disk, from where a run is taken up again.
+
+    Raises:
+        BudgetError: If none fits; it names the smallest budget that would do.
+    """
+    if spill:
+        schedule = choose_segments(pieces, budget)
+        why = "states are spilled" if pieces.forward else pieces.no_forward
+        return replace(pieces, schedule=schedule, forward=None, no_forward=why), _not_taken(why)
+    if pieces.forward is None:
+        schedule = pieces.schedule if budget is None else choose_schedule(pieces, budget)
+        return replace(pieces, schedule=schedule), _not_taken(pieces.no_forward)
+    forward = in_forward_mode(pieces)
+    peak = _peak(forward, forward.schedule)
+    if budget is not None and (least := _smallest(pieces)) > budget:
+        if peak <= budget:
+            return forward, "taken: no schedule of a backward pass fits into the budget"
+        leanest = forward if peak < least else pieces
+        raise _too_small(leanest, _leanest(leanest.schedule), budget)
+    schedule = pieces.schedule if budget is None else choose_schedule(pieces, budget)
+    reverse = replace(pieces, schedule=schedule, forward=None)
+    ratio = total_cost(forward).weight / max(total_cost(reverse).weight, 1.0)
+    why = f"predicted {ratio:.2f} of the cost with a backward pass ({schedule.name})"
+    if budget is not None and peak > budget:
+        why = f"it would hold {human_bytes(peak)}"
+    elif ratio < 1:
+        return forward, f"taken: {why}"
+    return replace(reverse, no_forward=why), _not_taken(why)
+
+
+def _not_taken(why: str) -> str:
+    return f"not taken: {why}" if why else ""
 
 
 def choose_schedule(pieces: Pieces, budget: int) -> Schedule:
@@ -28,7 +73,7 @@ def choose_schedule(pieces: Pieces, budget: int) -> Schedule:
     """
     given = pieces.schedule
     back = given.steps - given.stop
-    leanest = replace(given, slots=0, records=False) if given.differentiates else given
+    leanest = _leanest(given)
     if _peak(pieces, leanest) > budget:
         raise _too_small(pieces, leanest, budget)
     if not given.differentiates:
@@ -81,6 +126,15 @@ def choose_segments(pieces: Pieces, budget: int | None) -> Schedule:
         else:
             too_long = length
     return replace(longest, segment=fitting)
+
+
+def _leanest(schedule: Schedule) -> Schedule:
+    """The schedule that keeps one state; a program without a backward pass has no choice."""
+    return replace(schedule, slots=0, records=False) if schedule.differentiates else schedule
+
+
+def _smallest(pieces: Pieces) -> int:
+    return _peak(pieces, _leanest(pieces.schedule))
 
 
 def _peak(pieces: Pieces, schedule: Schedule) -> int:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import functools
 import io
-from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from rich.console import Console
 from rich.table import Table
 
-from unrollc.plan.choice import choose_schedule, choose_segments
-from unrollc.plan.cost import Cost, cost_of, human_bytes
-from unrollc.plan.horizon import extended, steady
+from unrollc.plan.choice import choose
+from unrollc.plan.cost import Cost, human_bytes
+from unrollc.plan.horizon import extended
 from unrollc.plan.pieces import Pieces
 from unrollc.plan.predict import predict
 from unrollc.plan.schedule import Schedule
 from unrollc.plan.simulate import Moment, Part, simulate
+from unrollc.plan.work import total_cost
 
 #: So many parts of the peak are printed.
 _MOST_PARTS = 8
@@ -32,7 +32,9 @@ class MemoryPlan:
         schedule: Which states are kept and which recomputed.
         composition: What is held at the peak, by role and by source line, the largest first.
         modes: How the adjoints were made, with the reason.
+        forward: Whether forward mode was taken instead of a backward pass, and why.
         cost: Work of the whole run.
+        chosen: The program that the plan is of.
     """
 
     peak: Moment
@@ -40,7 +42,9 @@ class MemoryPlan:
     schedule: Schedule
     composition: tuple[Part, ...] = field(repr=False)
     modes: tuple[tuple[str, str], ...]
+    forward: str
     cost: Cost
+    chosen: Pieces = field(repr=False, compare=False)
     _pieces: Pieces = field(repr=False, compare=False)
 
     @property
@@ -54,7 +58,7 @@ class MemoryPlan:
 
         It is made when it is first asked for, in time proportional to the steps that run.
         """
-        return simulate(self._pieces).timeline
+        return simulate(self.chosen).timeline
 
     def for_steps(self, steps: int) -> MemoryPlan:
         """The plan of the same program for another number of inner steps, without lowering.
@@ -90,6 +94,8 @@ class MemoryPlan:
         table.add_row("schedule", str(self.schedule))
         for mode, reason in self.modes:
             table.add_row("adjoint", f"{mode} mode: {reason}" if reason else f"{mode} mode")
+        if self.forward:
+            table.add_row("forward mode", self.forward)
         table.add_row("products", f"{self.cost.operations / 1e9:.3g} G operations")
         out = io.StringIO()
         Console(file=out, width=100, color_system=None).print(table)
@@ -107,35 +113,16 @@ def plan_memory(pieces: Pieces, budget: int | None = None, *, spill: bool = Fals
     Raises:
         BudgetError: If no schedule fits.
     """
-    if spill:
-        pieces = replace(pieces, schedule=choose_segments(pieces, budget))
-    elif budget is not None:
-        pieces = replace(pieces, schedule=choose_schedule(pieces, budget))
-    found = predict(pieces)
+    chosen, forward = choose(pieces, budget, spill=spill)
+    found = predict(chosen)
     return MemoryPlan(
         peak=found.moment,
         budget=budget,
-        schedule=pieces.schedule,
+        schedule=chosen.schedule,
         composition=found.composition,
-        modes=tuple(dict.fromkeys((a.mode, a.reason) for a in pieces.adjoints)),
-        cost=_total_cost(pieces),
+        modes=tuple(dict.fromkeys((a.mode, a.reason) for a in chosen.adjoints)),
+        forward=forward,
+        cost=total_cost(chosen),
+        chosen=chosen,
         _pieces=pieces,
-    )
-
-
-def _total_cost(pieces: Pieces) -> Cost:
-    """The cost of the whole run; steps that run again count as steady ones."""
-    schedule = pieces.schedule
-    runs = Counter(pieces.sequence)
-    runs[pieces.sequence[steady(pieces)[0]]] += schedule.recomputed
-    reversals = Counter(index for index in pieces.adjoint_sequence if index is not None)
-    parts = [
-        (cost_of(pieces.val_gradient or pieces.val), 1),
-        *((cost_of(pieces.steps[index]), count) for index, count in runs.items()),
-        *((cost_of(pieces.adjoints[index].graph), count) for index, count in reversals.items()),
-    ]
-    return Cost(
-        sum(part.operations * count for part, count in parts),
-        sum(part.bytes_moved * count for part, count in parts),
-        sum(part.calls * count for part, count in parts),
     )
