@@ -49,10 +49,14 @@ class Role(enum.Enum):
     GRADIENT = "gradient"
     COTANGENT = "cotangent"
     RESIDUAL = "residual"
+    TANGENT = "tangent"
 
 
 #: Roles of what one step hands to the next.
 STATE_ROLES = (Role.THETA, Role.OPT_STATE, Role.BUFFER, Role.AVERAGE)
+
+#: Roles of what one step hands to the next in forward mode: the state's tangents travel with it.
+CARRIED = (*STATE_ROLES, Role.TANGENT)
 
 #: Roles of state whose start may be a meta-parameter: θ_0, and what the optimizer remembers.
 STARTS = (Role.THETA, Role.OPT_STATE)
@@ -66,6 +70,11 @@ class Phase(enum.Enum):
     GRADIENT = "gradient"
     UPDATE = "update"
     ADJOINT = "adjoint"
+    TANGENT = "tangent"
+
+
+#: Phases of what differentiation computes.
+DERIVED = (Phase.ADJOINT, Phase.TANGENT)
 
 
 @dataclass(frozen=True)
@@ -93,8 +102,9 @@ class Value:
         role: What it is to the meta-loop.
         label: How the user knows it: ``conv1.weight``, ``param_groups[0]["lr"]``.
         name: The Python identifier that graphs and generated code use.
-        of: For cotangents and gradients, the role of the value they belong to.
+        of: For cotangents, tangents and gradients, the role of the value they belong to.
         noise: The distribution, for `Role.NOISE`.
+        direction: For tangents, the number of the direction in which the value moves.
     """
 
     role: Role
@@ -102,11 +112,12 @@ class Value:
     name: str
     of: Role | None = None
     noise: Noise | None = None
+    direction: int | None = None
 
     @property
-    def key(self) -> tuple[Role, str, Role | None]:
+    def key(self) -> tuple[Role, str, Role | None, int | None]:
         """Identity of the value across graphs."""
-        return (self.role, self.label, self.of)
+        return (self.role, self.label, self.of, self.direction)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ _ORDER = (
     Role.NOISE,
     Role.COTANGENT,
     Role.RESIDUAL,
+    Role.TANGENT,
 )
 
 

@@ -20,6 +20,7 @@ _RESERVED = frozenset(
         "noise",
         "seed",
         "cotangents",
+        "tangents",
         "totals",
         "j",
         "gradients",
@@ -32,7 +33,7 @@ _RESERVED = frozenset(
     ]
 )
 _RESERVED_PREFIX = re.compile(
-    r"(op|step|adjoint|noise|validate|constant|draw|accumulate|adj|new|grad)(_|$)"
+    r"(op|step|adjoint|tangent|noise|validate|constant|draw|accumulate|adj|tan|new|grad)(_|$)"
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 
+from unrollc.codegen.forward import products
 from unrollc.codegen.function import lists_of, parameters_of, returned
 from unrollc.codegen.literals import literal
 from unrollc.plan.pieces import Pieces
@@ -93,6 +94,8 @@ def render_finish(pieces: Pieces) -> str:
     ]
     body = ["totals = {", *totals, "}"] if totals else ["totals = {}"]
     body += _collected(pieces, "validate", graph, "STEPS", None)
+    if pieces.directions:
+        body += [*products(pieces), "cotangents.clear()"]
     lines += [f"    {line}" for line in [*body, "return loss, cotangents, totals"]]
     return "\n".join(lines)
 
@@ -202,8 +205,7 @@ def _arguments(
 def _validated(pieces: Pieces) -> str:
     """A list of what the validation loss takes of the state, which stays the caller's."""
     read = pieces.validated_roles
-    last = pieces.steps[pieces.sequence[-1]]
-    roles = [value.role for value, _ in last.outputs_with(*STATE_ROLES)]
+    roles = [value.role for value in pieces.carried]
     slices, position = [], 0
     for taken, run in itertools.groupby(roles, key=read.__contains__):
         end = position + len(list(run))

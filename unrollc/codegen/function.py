@@ -12,7 +12,7 @@ from unrollc.codegen.literals import literal
 from unrollc.codegen.names import alias_of, name_values
 from unrollc.errors import Source
 from unrollc.plan.liveness import TAKEN_OVER, draws_noise, last_uses, unread
-from unrollc.step import STATE_ROLES, Phase, Role, StepGraph, Value, shape_text, tensors_of
+from unrollc.step import CARRIED, Phase, Role, StepGraph, Value, shape_text, tensors_of
 
 _TITLES = {
     Phase.FORWARD: "forward: the model on the batch",
@@ -20,12 +20,13 @@ _TITLES = {
     Phase.GRADIENT: "gradient: G = dloss/dtheta",
     Phase.UPDATE: "update: the optimizer's step",
     Phase.ADJOINT: "adjoint: cotangents pulled back",
+    Phase.TANGENT: "tangent: the state's derivatives pushed forward",
 }
 
 
 #: Lists that a function takes over, with the roles of what is in them.
 LISTS = (
-    ("state", (*STATE_ROLES, Role.RESIDUAL)),
+    ("state", (*CARRIED, Role.RESIDUAL)),
     ("cotangents", (Role.COTANGENT,)),
     ("noise", (Role.NOISE,)),
 )
@@ -115,8 +116,9 @@ def _unpacked(step: StepGraph) -> list[str]:
 
 def _label(value: Value) -> str:
     text = value.label.encode("unicode_escape").decode()
-    what = f"cotangent of {text}" if value.role is Role.COTANGENT else text
-    return what
+    if value.role in (Role.COTANGENT, Role.TANGENT):
+        return f"{value.role.value} of {text}"
+    return text
 
 
 def _body(step: StepGraph, names: dict[fx.Node, str]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 
+from unrollc.codegen.forward import BACKWARD, without_tangents
 from unrollc.plan.binomial import checkpoints, stride
 from unrollc.plan.pieces import Pieces
 from unrollc.plan.schedule import Schedule
@@ -33,20 +34,23 @@ def render_loops(pieces: Pieces) -> list[str]:
     """The functions that run the schedule."""
     schedule = pieces.schedule
     parts = [_FORWARD_RECORDING if schedule.records else _FORWARD]
+    if pieces.directions:
+        return [*parts, _adapt(pieces, "()"), BACKWARD, _BOTH]
     if not schedule.differentiates:
-        return [*parts, _adapt("()")]
+        return [*parts, _adapt(pieces, "()")]
     if _slots(schedule) is None:
-        return [*parts, _adapt("range(STOP, STEPS)"), _REVERSE_KEPT, _BACKWARD, _BOTH]
+        return [*parts, _adapt(pieces, "range(STOP, STEPS)"), _REVERSE_KEPT, _BACKWARD, _BOTH]
     parts += [inspect.getsource(stride).rstrip(), _REVERSE_BINOMIAL]
     if schedule.segment is not None:
-        return [*parts, _adapt("range(STOP, STEPS, SEGMENT)"), _BACKWARD_SEGMENTS, _BOTH]
+        return [*parts, _adapt(pieces, "range(STOP, STEPS, SEGMENT)"), _BACKWARD_SEGMENTS, _BOTH]
     kept = "set(checkpoints(STOP, STEPS, SLOTS))"
     parts.insert(2, inspect.getsource(checkpoints).rstrip())
-    return [*parts, _adapt(kept), _BACKWARD, _BOTH]
+    return [*parts, _adapt(pieces, kept), _BACKWARD, _BOTH]
 
 
-def _adapt(kept: str) -> str:
-    return _ADAPT.replace("KEPT", kept)
+def _adapt(pieces: Pieces, kept: str) -> str:
+    head, last = _ADAPT.replace("KEPT", kept).rsplit("\n", 1)
+    return "\n".join([head, *(f"    {line}" for line in without_tangents(pieces)), last])
 
 
 def _loss_dtype(step: StepGraph) -> object:

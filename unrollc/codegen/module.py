@@ -19,6 +19,7 @@ from unrollc.codegen.calls import (
     render_pull_back,
     render_start,
 )
+from unrollc.codegen.forward import INNER
 from unrollc.codegen.function import render_function
 from unrollc.codegen.literals import literal, tensor_literal
 from unrollc.codegen.loops import render_constants, render_loops
@@ -72,7 +73,9 @@ class _Module:
         ]
         advance, tables = render_advance(pieces)
         calls = [render_start(pieces), advance]
-        if pieces.differentiates:
+        if pieces.directions:
+            calls += [INNER, render_finish(pieces)]
+        elif pieces.differentiates:
             pull_back, more = render_pull_back(pieces)
             tables += more
             calls += [pull_back, render_finish(pieces), render_gradients(pieces)]
@@ -107,11 +110,7 @@ class _Module:
         if pieces.wanted:
             lines += ["", "Meta-gradients are returned for:"]
             lines += [f"    {_safe(label)}" for label in pieces.wanted]
-        lines += [
-            "",
-            "The backward pass is that of GIMLI (Grefenstette et al. 2019, Algorithm 1): an",
-            "adjoint takes B_{j+1}, the cotangent of what step j returns, to B_j.",
-        ]
+        lines += ["", *(_FORWARD_MODE if pieces.directions else _REVERSE_MODE)]
         text = "\n".join(lines).replace("\\", "\\\\").replace('"""', "'''")
         return f'"""{text}\n"""'
 
@@ -134,13 +133,27 @@ class _Module:
         return render_function(name, graph, _doc(name, graph, self.pieces), names, reserved)
 
 
+_REVERSE_MODE = (
+    "The backward pass is that of GIMLI (Grefenstette et al. 2019, Algorithm 1): an",
+    "adjoint takes B_{j+1}, the cotangent of what step j returns, to B_j.",
+)
+
+_FORWARD_MODE = (
+    "Forward-mode accumulation (Franceschi et al. 2017, Forward-HG): each step hands on the state",
+    "and its tangents, the derivatives in the meta-parameters. Nothing is kept for a backward",
+    "pass: the meta-gradient is the product of the last tangents with B_T, the cotangent of",
+    "state T.",
+)
+
+
 def _doc(name: str, graph: StepGraph, pieces: Pieces) -> list[str]:
     if name == "validate":
         return ["Validation loss of the adapted weights, with its cotangents where asked for."]
     index = int(name.rpartition("_")[2])
     if name.startswith("step"):
         uses = [step for step, i in enumerate(pieces.sequence) if i == index]
-        return [f"Inner step ({_ranges(uses)}): (state, batch) -> (new state, inner loss)."]
+        carried = "state, tangents" if pieces.directions else "state"
+        return [f"Inner step ({_ranges(uses)}): ({carried}, batch) -> (new {carried}, inner loss)."]
     uses = [step for step, i in enumerate(pieces.adjoint_sequence) if i == index]
     adjoint = pieces.adjoints[index]
     return [f"Adjoint of step {_ranges(uses)} in {adjoint.mode} mode: B_(j+1) -> B_j."]

@@ -20,13 +20,16 @@ _PREFIX = {
     Role.GRADIENT: "grad_",
 }
 
+#: Values inside a function are called after the pass that they belong to.
+_PHASES = {Phase.ADJOINT: "adj_", Phase.GRADIENT: "grad_", Phase.TANGENT: "tan_"}
+
 
 def name_values(step: StepGraph, reserved: Iterable[str]) -> dict[fx.Node, str]:
     """One identifier a node, unique in its function.
 
     Inputs have their own names, results are called after what they are (``new_fc_weight``,
     ``adj_fc_weight``), other values after the module and the op that made them; values of the
-    backward pass start with ``adj_``.
+    backward pass start with ``adj_``, tangents with ``tan_``.
     """
     names = {node: node.name for node in step.placeholders}
     taken = set(names.values()) | set(reserved)
@@ -61,7 +64,7 @@ def _describe(node: fx.Node) -> str:
     source = origin.meta.get("source")
     module = identifier(source.module) if source is not None and source.module else ""
     op = op_name(origin.target).lstrip("_")
-    prefix = {Phase.ADJOINT: "adj_", Phase.GRADIENT: "grad_"}.get(origin.meta["phase"], "")
+    prefix = _PHASES.get(origin.meta["phase"], "")
     return prefix + "_".join(part for part in (module, op) if part) + suffix
 
 

@@ -95,12 +95,23 @@ def finish(
     extra: Sequence[tuple[Value, Tensor]] = (),
 ) -> StepGraph:
     """The adjoint graph out of a recording."""
-    outputs: list[tuple[Value, fx.Node | None]] = []
-    for value, known in extra:
-        outputs.append((value, recorder.node_of(known)))
+    outputs: list[tuple[Value, Tensor | None]] = list(extra)
     for value, tensor in contributions:
         typed = Value(Role.COTANGENT, value.label, f"adj_{value.name}", value.role)
+        outputs.append((typed, tensor))
+    return assembled(step, recorder, inputs, outputs)
+
+
+def assembled(
+    step: StepGraph,
+    recorder: Recorder,
+    inputs: Sequence[Value],
+    outputs: Sequence[tuple[Value, Tensor | None]],
+) -> StepGraph:
+    """A derivative of `step` out of a recording; None for structural zeros."""
+    nodes: list[tuple[Value, fx.Node | None]] = []
+    for value, tensor in outputs:
         node = None if tensor is None else recorder.node_of(tensor)
-        assert tensor is None or node is not None, f"the cotangent of {value.label} is unknown"
-        outputs.append((typed, node))
-    return assemble(recorder, inputs, outputs, Names(), [], step.constants)
+        assert tensor is None or node is not None, f"the result for {value.label} is unknown"
+        nodes.append((value, node))
+    return assemble(recorder, inputs, nodes, Names(), [], step.constants)

@@ -8,15 +8,11 @@ direction (w, 0) yields the Hessian product ∇²θ ℓ · w and the mixed produ
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._decomp import decomposition_table
-from torch.utils import _pytree as pytree
 
-from unrollc.capture.nests import is_continuous
 from unrollc.capture.record import Recorder
 from unrollc.differentiate.adjoint import (
     Key,
@@ -27,19 +23,13 @@ from unrollc.differentiate.adjoint import (
     is_counter,
 )
 from unrollc.differentiate.guarded import guards_of
-from unrollc.differentiate.replay import _EQUIVALENTS, Replay, calls, is_projection, start
+from unrollc.differentiate.pushforward import Pushforward
+from unrollc.differentiate.replay import Replay, calls, start
 from unrollc.differentiate.reverse import vector_jacobian
 from unrollc.requirements.dependence import dependence
 from unrollc.step import STATE_ROLES, Phase, Role, StepGraph, read_besides_gradients
 
-aten = torch.ops.aten
-
 _INNER = (Phase.FORWARD, Phase.LOSS, Phase.GRADIENT)
-_ZEROS = ("zeros", "zeros_like", "new_zeros", "_efficientzerotensor")
-
-
-class NoForwardFormulaError(Exception):
-    """An op has no forward-mode derivative, decomposed or not."""
 
 
 def mixed_adjoint(step: StepGraph, wanted: frozenset[Key], live: frozenset[Key]) -> StepAdjoint:
@@ -64,13 +54,12 @@ def mixed_adjoint(step: StepGraph, wanted: frozenset[Key], live: frozenset[Key])
             step, recorder, replay, gradients, targets, cot_nodes, list(cotangents)
         )
         with torch.no_grad():
-            tangents = _Tangents(recorder, given, step)
-            for label, direction in directions.items():
-                tangents.tangents[thetas[label]] = direction
-            tangents.run(calls(step, *_INNER))
+            moving = {thetas[label]: direction for label, direction in directions.items()}
+            pushed = Pushforward(recorder, replay.values, Phase.ADJOINT, moving)
+            pushed.run(calls(step, *_INNER))
             recorder.origin, recorder.phase = None, Phase.ADJOINT
             products = [
-                tangents.tangents.get(gradients[value.label]) if value.label in gradients else None
+                pushed.tangents.get(gradients[value.label]) if value.label in gradients else None
                 for value, _ in targets
             ]
             return [_sum(a, b) for a, b in zip(through_update, products, strict=True)]
@@ -160,99 +149,3 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     if a is None or b is None:
         return b if a is None else a
     return a + b
-
-
-class _Tangents(Replay):
-    """Forward mode, one node at a time; a node none of whose inputs has a tangent has none.
-
-    Attributes:
-        tangents: Tangents by node; a missing one is a structural zero.
-    """
-
-    def __init__(self, recorder: Recorder, given: tuple[Tensor, ...], step: StepGraph) -> None:
-        super().__init__(recorder)
-        self.bind(step.placeholders, given)
-        self.tangents: dict[fx.Node, Any] = {}
-
-    def execute(self, node: fx.Node, phase: Phase | None = None) -> Any:
-        args, kwargs = self.arguments(node)
-        self.recorder.origin = node
-        if is_projection(node):
-            source, index = node.args
-            if source in self.tangents:
-                part = self.tangents[source][index]  # type: ignore[index]
-                if part is not None:
-                    self.tangents[node] = part
-            return args[0][index]
-        if not any(source in self.tangents for source in node.all_input_nodes):
-            self.recorder.phase = node.meta["phase"]
-            return self.call(node, args, kwargs)
-        self.recorder.phase = Phase.ADJOINT
-        return self._push_forward(node, args, kwargs)
-
-    def _push_forward(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
-        sources, _ = pytree.tree_flatten((node.args, node.kwargs), is_leaf=_is_node)
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        moving = [i for i, s in enumerate(sources) if isinstance(s, fx.Node) and s in self.tangents]
-        primals = tuple(leaves[i] for i in moving)
-        directions = tuple(self.tangents[sources[i]].to(leaves[i].dtype) for i in moving)
-        shape: list[bool] = []
-
-        def function(target: Any) -> Any:
-            def run(*moved: Tensor) -> Any:
-                filled = list(leaves)
-                for i, tensor in zip(moving, moved, strict=True):
-                    filled[i] = tensor
-                new_args, new_kwargs = pytree.tree_unflatten(filled, spec)
-                result = target(*new_args, **new_kwargs)
-                if isinstance(result, Tensor):
-                    return result
-                shape[:] = [isinstance(item, Tensor) for item in result]
-                return tuple(item for item in result if isinstance(item, Tensor))
-
-            return run
-
-        target = _EQUIVALENTS.get(node.target, node.target)
-        value, tangent = self._jvp(node, function, target, primals, directions)
-        if isinstance(value, tuple):
-            kept = [self._nonzero(v, t) for v, t in zip(value, tangent, strict=True)]
-            self.tangents[node] = _spread(kept, shape)
-            return _spread(value, shape)
-        if (single := self._nonzero(value, tangent)) is not None:
-            self.tangents[node] = single
-        return value
-
-    def _jvp(
-        self, node: fx.Node, function: Any, target: Any, primals: Any, directions: Any
-    ) -> tuple[Any, Any]:
-        candidates = [target]
-        if node.target in decomposition_table:
-            candidates.append(decomposition_table[node.target])
-        for candidate in candidates:
-            try:
-                pushed: tuple[Any, Any] = torch.func.jvp(  # type: ignore[assignment]
-                    function(candidate), primals, directions
-                )
-                return pushed
-            except (NotImplementedError, RuntimeError) as error:
-                if "forward" not in str(error).lower() and "derivative" not in str(error).lower():
-                    raise
-        raise NoForwardFormulaError(f"{node.target} has no forward-mode derivative")
-
-    def _nonzero(self, value: Any, tangent: Any) -> Tensor | None:
-        if not is_continuous(value):
-            return None
-        node = self.recorder.node_of(tangent)
-        assert node is not None
-        name = getattr(getattr(node.target, "_schema", None), "name", "").split("::")[-1]
-        return None if name in _ZEROS else tangent
-
-
-def _spread(items: Sequence[Any], present: list[bool]) -> list[Any]:
-    """`items` at the positions that hold a tensor, None elsewhere."""
-    remaining = iter(items)
-    return [next(remaining) if here else None for here in present]
-
-
-def _is_node(value: Any) -> bool:
-    return isinstance(value, fx.Node)

@@ -135,7 +135,7 @@ def _copy(destination: Tensor, source: Tensor) -> Tensor:
 
 
 #: Ops that are replayed by an equivalent that PyTorch can differentiate.
-_EQUIVALENTS: dict[Any, Callable[..., Any]] = {
+EQUIVALENTS: dict[Any, Callable[..., Any]] = {
     ATTACH: _Attach.apply,
     aten.copy.default: _copy,
     aten._native_batch_norm_legit_functional.default: _batch_norm,
@@ -180,11 +180,11 @@ class Replay:
         return args, kwargs
 
     def call(self, node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        target: Any = _EQUIVALENTS.get(node.target, node.target)
+        target: Any = EQUIVALENTS.get(node.target, node.target)
         if torch.is_grad_enabled() and is_elementwise(node):
             if node.meta.get("removable"):
                 seen: list[Tensor] = []
-                operands = _behind_gates(node, args, lambda g: _zero_where_zero(g, seen[0]))
+                operands = _behind_gates(node, args, lambda g: zero_where_zero(g, seen[0]))
                 return _watched(target(*operands, **kwargs), seen)
             if selections := self.guards.get(node):
                 values = self.values
@@ -209,13 +209,13 @@ def _has_no_derivative(result: Any) -> bool:
 _NO_FORMULA = "torch::autograd::NotImplemented"
 
 
-def _zero_where_zero(slope: Tensor, cotangent: Tensor) -> Tensor:
-    """`slope`, the product of `cotangent` and a derivative, with 0 · ∞ = 0.
+def zero_where_zero(slope: Tensor, factor: Tensor) -> Tensor:
+    """`slope`, the product of a derivative and `factor` (a cotangent, a tangent), with 0 · ∞ = 0.
 
     The backward of hardshrink at threshold 0 is one vectorised pass that keeps what is not zero,
     NaN included; a comparison and a ``where`` take ten times as long.
     """
-    return aten.hardshrink_backward.default(slope, cotangent, 0)  # type: ignore[no-any-return]
+    return aten.hardshrink_backward.default(slope, factor, 0)  # type: ignore[no-any-return]
 
 
 def _behind_gates(

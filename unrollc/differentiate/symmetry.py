@@ -69,14 +69,14 @@ _MAKERS = frozenset(_MAKING.split())
 def asymmetry(step: StepGraph) -> str | None:
     """Why the Jacobian of the inner gradient is not known to be symmetric; None if proved."""
     for node in calls(step, Phase.FORWARD, Phase.LOSS):
-        reason = None if is_projection(node) else _inexact(node)
+        reason = None if is_projection(node) else inexactness(node)
         if reason:
             source = node.meta.get("source")
             return f"{reason}{f' at {source.short}' if source else ''}"
     return _altered_gradient(step)
 
 
-def _inexact(node: fx.Node) -> str | None:
+def inexactness(node: fx.Node) -> str | None:
     """Why this op's backward is not the derivative of its value; one row a rule."""
     target: Any = node.target
     name = target._schema.name.split("::")[-1]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from unrollc.step import ATTACH, Phase, StepGraph, copy, verify
+from unrollc.step import ATTACH, DERIVED, StepGraph, copy, verify
 
 aten = torch.ops.aten
 
@@ -116,7 +116,7 @@ def propagate_zeros(graph: fx.Graph) -> bool:
     """
     changed = False
     for node in list(graph.nodes):
-        if node.op != "call_function" or node.meta["phase"] is not Phase.ADJOINT:
+        if node.op != "call_function" or node.meta["phase"] not in DERIVED:
             continue
         args: Any = node.args
         zeros = [arg for arg in args if isinstance(arg, fx.Node) and _is_zero(arg)]
@@ -147,7 +147,7 @@ def propagate_zeros(graph: fx.Graph) -> bool:
 
 
 def _is_zero(node: fx.Node) -> bool:
-    return node.target in _ZERO_MAKERS and node.meta.get("phase") is Phase.ADJOINT
+    return node.target in _ZERO_MAKERS and node.meta.get("phase") in DERIVED
 
 
 def merge_common(graph: fx.Graph) -> bool:

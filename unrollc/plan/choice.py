@@ -15,42 +15,73 @@ import torch
 
 from unrollc.errors import BudgetError
 from unrollc.plan.cost import human_bytes
+from unrollc.plan.forward import in_forward_mode
 from unrollc.plan.pieces import Pieces
 from unrollc.plan.predict import predict
 from unrollc.plan.recording import recording
-from unrollc.plan.run_cost import total_cost
 from unrollc.plan.schedule import Schedule
+from unrollc.plan.work import total_cost
 
 #: Prices of a kept byte in operations, from "keep most" to "keep what is dearest to compute": at
 #: 100 a transformer's adjoint repeats 2 % of its step's products and keeps half of what it could.
 _PRICES = (100.0, 1000.0, 10_000.0)
 
 
-def choose(pieces: Pieces, budget: int | None, *, spill: bool = False) -> Pieces:
-    """The program to run, with its schedule.
+def choose(pieces: Pieces, budget: int | None, *, spill: bool = False) -> tuple[Pieces, str]:
+    """The program to run, its schedule chosen, and what is to be said about forward mode.
+
+    Forward mode keeps nothing for a backward pass, but pushes a tangent forward for every element
+    of the meta-parameters. Of the programs that fit, the one with the lower predicted cost.
 
     Args:
-        pieces: A program that keeps every state.
+        pieces: A program that keeps every state, and maybe a form in forward mode.
         budget: Bytes that a run may hold beyond its inputs. None for the fastest program; steps
             hold residuals then if half of the device's memory is enough.
-        spill: Whether states go to the disk.
+        spill: Whether states go to the disk, from where a run is taken up again.
 
     Raises:
-        BudgetError: If nothing fits; it names the smallest budget that would do.
+        BudgetError: If none fits; it names the smallest budget that would do.
     """
     if spill:
-        return replace(pieces, schedule=choose_segments(pieces, budget))
-    limit = budget
-    if budget is not None:
-        pieces = replace(pieces, schedule=choose_schedule(pieces, budget))
-    else:
+        schedule = choose_segments(pieces, budget)
+        why = "states are spilled" if pieces.forward else pieces.no_forward
+        return replace(pieces, schedule=schedule, forward=None, no_forward=why), _not_taken(why)
+    if pieces.forward is None:
+        return _with_schedule(pieces, budget), _not_taken(pieces.no_forward)
+    forward = in_forward_mode(pieces)
+    peak = _peak(forward, forward.schedule)
+    if budget is not None and (least := _smallest(pieces)) > budget:
+        if peak <= budget:
+            return forward, "taken: no schedule of a backward pass fits into the budget"
+        leanest = forward if peak < least else pieces
+        raise _too_small(leanest, _leanest(leanest.schedule), budget)
+    reverse = _with_schedule(replace(pieces, forward=None), budget)
+    ratio = total_cost(forward).weight / max(total_cost(reverse).weight, 1.0)
+    why = f"predicted {ratio:.2f} of the cost with a backward pass ({reverse.schedule.name})"
+    if budget is not None and peak > budget:
+        why = f"it would hold {human_bytes(peak)}"
+    elif ratio < 1:
+        return forward, f"taken: {why}"
+    return replace(reverse, no_forward=why), _not_taken(why)
+
+
+def _not_taken(why: str) -> str:
+    return f"not taken: {why}" if why else ""
+
+
+def _with_schedule(pieces: Pieces, budget: int | None) -> Pieces:
+    """The program under the cheapest schedule that fits, with residuals where there is room."""
+    if budget is None:
         limit = _device_memory(pieces) // 2
+    else:
+        limit = budget
+        pieces = replace(pieces, schedule=choose_schedule(pieces, budget))
     if not pieces.differentiates or pieces.schedule.slots is not None:
         return pieces
     found = [pieces]
     for price in _PRICES:
         recorded = recording(pieces, price)
-        if limit is None or predict(recorded).moment.bytes <= limit:
+        if predict(recorded).moment.bytes <= limit:
             found.append(recorded)
             break
     return min(found, key=lambda each: total_cost(each).weight)
@@ -76,7 +107,7 @@ def choose_schedule(pieces: Pieces, budget: int) -> Schedule:
     """
     given = pieces.schedule
     back = given.steps - given.stop
-    leanest = replace(given, slots=0, records=False) if given.differentiates else given
+    leanest = _leanest(given)
     if _peak(pieces, leanest) > budget:
         raise _too_small(pieces, leanest, budget)
     if not given.differentiates:
@@ -129,6 +160,15 @@ def choose_segments(pieces: Pieces, budget: int | None) -> Schedule:
         else:
             too_long = length
     return replace(longest, segment=fitting)
+
+
+def _leanest(schedule: Schedule) -> Schedule:
+    """The schedule that keeps one state; a program without a backward pass has no choice."""
+    return replace(schedule, slots=0, records=False) if schedule.differentiates else schedule
+
+
+def _smallest(pieces: Pieces) -> int:
+    return _peak(pieces, _leanest(pieces.schedule))
 
 
 def _peak(pieces: Pieces, schedule: Schedule) -> int:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from unrollc.errors import InputError
-from unrollc.plan.pieces import Pieces
+from unrollc.plan.forward import in_forward_mode
+from unrollc.plan.pieces import ForwardMode, Pieces
 
 
 def extended(pieces: Pieces, steps: int) -> Pieces:
@@ -53,7 +54,19 @@ def extended(pieces: Pieces, steps: int) -> Pieces:
         sequence=stretched(pieces.sequence),
         adjoint_sequence=stretched(pieces.adjoint_sequence),  # type: ignore[arg-type]
         schedule=replace(pieces.schedule, steps=steps, stop=new_stop),
+        forward=_extended_forward(pieces, steps),
     )
+
+
+def _extended_forward(pieces: Pieces, steps: int) -> ForwardMode | None:
+    """The form in forward mode, whose steady steps may be others."""
+    if pieces.forward is None:
+        return None
+    try:
+        sequence = extended(in_forward_mode(pieces), steps).sequence
+    except InputError:  # its steps differ from one another for longer
+        return None
+    return replace(pieces.forward, sequence=sequence)
 
 
 def steady(pieces: Pieces) -> tuple[int, int]:

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx
 
-from unrollc.step import STATE_ROLES, Role, StepGraph, tensors_of
+from unrollc.step import CARRIED, Role, StepGraph, tensors_of
 
 #: Roles of inputs that a generated function takes over: lists that it empties, so that a tensor
 #: that nobody else holds dies after its last use.
-TAKEN_OVER = (*STATE_ROLES, Role.RESIDUAL, Role.COTANGENT, Role.NOISE)
+TAKEN_OVER = (*CARRIED, Role.RESIDUAL, Role.COTANGENT, Role.NOISE)
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,10 @@ from unrollc.plan.cost import Cost, human_bytes
 from unrollc.plan.horizon import extended
 from unrollc.plan.pieces import Pieces
 from unrollc.plan.predict import predict
-from unrollc.plan.run_cost import RunCost, run_cost, total_cost
+from unrollc.plan.run_cost import RunCost, run_cost
 from unrollc.plan.schedule import Schedule
 from unrollc.plan.simulate import Moment, Part, simulate
+from unrollc.plan.work import total_cost
 
 #: So many parts of the peak are printed.
 _MOST_PARTS = 8
@@ -33,8 +34,8 @@ class MemoryPlan:
         schedule: Which states are kept and which recomputed.
         composition: What is held at the peak, by role and by source line, the largest first.
         modes: How the adjoints were made, with the reason.
+        forward: Whether forward mode was taken instead of a backward pass, and why.
         cost: Work of the whole run.
-        work: The same as polynomials in the number of steps T and of repeated steps R.
         pieces: The graphs of the program in the order of its schedule.
     """
 
@@ -43,8 +44,8 @@ class MemoryPlan:
     schedule: Schedule
     composition: tuple[Part, ...] = field(repr=False)
     modes: tuple[tuple[str, str], ...]
+    forward: str
     cost: Cost
-    work: RunCost = field(repr=False)
     pieces: Pieces = field(repr=False, compare=False)
     _given: Pieces = field(repr=False, compare=False)
 
@@ -60,6 +61,11 @@ class MemoryPlan:
         It is made when it is first asked for, in time proportional to the steps that run.
         """
         return simulate(self.pieces).timeline
+
+    @property
+    def work(self) -> RunCost:
+        """`cost` as polynomials in the number of steps T and of repeated steps R."""
+        return run_cost(self.pieces, self.schedule.recomputed)
 
     def for_steps(self, steps: int) -> MemoryPlan:
         """The plan of the same program for another number of inner steps, without lowering.
@@ -95,6 +101,8 @@ class MemoryPlan:
         table.add_row("schedule", str(self.schedule))
         for mode, reason in self.modes:
             table.add_row("adjoint", f"{mode} mode: {reason}" if reason else f"{mode} mode")
+        if self.forward:
+            table.add_row("forward mode", self.forward)
         table.add_row("products", f"{self.cost.operations / 1e9:.3g} G operations")
         for line in str(self.work).splitlines():
             table.add_row("work", line)
@@ -115,8 +123,8 @@ def plan_program(pieces: Pieces, budget: int | None, *, spill: bool = False) -> 
     Raises:
         BudgetError: If nothing fits.
     """
-    plan = plan_memory(choose(pieces, budget, spill=spill))
-    return replace(plan, budget=budget, _given=pieces)
+    chosen, forward = choose(pieces, budget, spill=spill)
+    return replace(plan_memory(chosen), budget=budget, forward=forward, _given=pieces)
 
 
 def plan_memory(pieces: Pieces) -> MemoryPlan:
@@ -128,8 +136,8 @@ def plan_memory(pieces: Pieces) -> MemoryPlan:
         schedule=pieces.schedule,
         composition=found.composition,
         modes=tuple(dict.fromkeys((a.mode, a.reason) for a in pieces.adjoints)),
+        forward="",
         cost=total_cost(pieces),
-        work=run_cost(pieces, pieces.schedule.recomputed),
         pieces=pieces,
         _given=pieces,
     )

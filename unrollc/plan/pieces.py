@@ -8,8 +8,24 @@ from dataclasses import dataclass
 import torch
 
 from unrollc.differentiate.adjoint import StepAdjoint
+from unrollc.differentiate.tangent import Direction
 from unrollc.plan.schedule import Schedule
-from unrollc.step import STATE_ROLES, Role, StepGraph
+from unrollc.step import CARRIED, STATE_ROLES, Role, StepGraph, Value
+
+
+@dataclass(frozen=True)
+class ForwardMode:
+    """The loop in forward mode, as an alternative to its adjoints.
+
+    Attributes:
+        steps: The distinct inner steps with tangents.
+        sequence: For each of the T steps an index into `steps`.
+        directions: The elements of meta-parameters that the tangents belong to.
+    """
+
+    steps: tuple[StepGraph, ...]
+    sequence: tuple[int, ...]
+    directions: tuple[Direction, ...]
 
 
 @dataclass(frozen=True)
@@ -28,6 +44,9 @@ class Pieces:
         per_step: Labels of inputs with one entry a step (`PerStep` values, batches).
         stacked: Those of `per_step` that are one tensor with a leading T.
         wanted: Labels of the meta-parameters whose gradient is returned.
+        forward: The same loop in forward mode, where that is possible.
+        no_forward: Why it is not possible.
+        directions: The directions of the tangents that the steps carry, in forward mode.
     """
 
     steps: tuple[StepGraph, ...]
@@ -40,6 +59,9 @@ class Pieces:
     per_step: frozenset[str]
     stacked: frozenset[str]
     wanted: tuple[str, ...]
+    forward: ForwardMode | None = None
+    no_forward: str = ""
+    directions: tuple[Direction, ...] = ()
 
     @property
     def differentiates(self) -> bool:
@@ -51,6 +73,12 @@ class Pieces:
         _, node = self.steps[0].inputs_with(Role.THETA)[0]
         device: torch.device = node.meta["val"].device
         return device
+
+    @property
+    def carried(self) -> tuple[Value, ...]:
+        """What the last step returns besides its loss: the state, and tangents behind it."""
+        last = self.steps[self.sequence[-1]]
+        return tuple(value for value, node in last.outputs_with(*CARRIED) if node is not None)
 
     @property
     def validated_roles(self) -> frozenset[Role]:
@@ -72,7 +100,7 @@ class Pieces:
             if graph is not None
             for value, node in graph.outputs_with(Role.COTANGENT)
             if node is not None and value.of not in STATE_ROLES
-        }
+        } | {direction.key[1] for direction in self.directions}
         return tuple(sorted((found - self.per_step) | (self.stacked & set(self.wanted))))
 
     @functools.cached_property
@@ -82,7 +110,7 @@ class Pieces:
             value.label: node.meta["val"].numel() * node.meta["val"].element_size()
             for graph in graphs
             for value, node in zip(graph.inputs, graph.placeholders, strict=True)
-            if value.role is not Role.COTANGENT
+            if value.role not in (Role.COTANGENT, Role.TANGENT)
         }
 
     def bytes_of(self, label: str, steps: int) -> int:

@@ -71,12 +71,6 @@ def run_cost(pieces: Pieces, repeated: int) -> RunCost:
     return RunCost(linear("operations"), linear("bytes_moved"), linear("calls"), repeated)
 
 
-def total_cost(pieces: Pieces) -> Cost:
-    """The work of a whole run; steps that run again count as steady ones."""
-    repeated = pieces.schedule.recomputed
-    return run_cost(pieces, repeated).at(len(pieces.sequence), repeated)
-
-
 def _linear(graphs: Sequence[StepGraph], sequence: Iterable[int]) -> tuple[Cost, Cost]:
     """The cost of a sequence of graphs, and of the graph that comes most often in it."""
     counts = Counter(sequence)

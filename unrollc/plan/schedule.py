@@ -36,6 +36,7 @@ class Schedule:
         segment: Every so many steps a state is spilled to the disk, and each segment is reversed
             by itself; None spills none.
         records: Whether steps hold the residuals that their adjoints read.
+        directions: How many tangents travel with the state; no step is reversed then.
     """
 
     steps: int
@@ -43,6 +44,7 @@ class Schedule:
     slots: int | None = None
     segment: int | None = None
     records: bool = False
+    directions: int = 0
 
     def __post_init__(self) -> None:
         assert 0 <= self.stop <= self.steps and self.steps >= 1, self
@@ -132,6 +134,8 @@ class Schedule:
     @property
     def name(self) -> str:
         """How reports call the schedule."""
+        if self.directions:
+            return f"forward mode, {self.directions} direction{'s' * (self.directions > 1)}"
         if not self.differentiates:
             return "forward only"
         kept = "keep every state" if self.slots is None else f"binomial, {self.slots} slots"
@@ -151,6 +155,11 @@ def keep_all(steps: int, stop: int = 0) -> Schedule:
         stop: Steps before this one are not reversed (truncated backpropagation).
     """
     return Schedule(steps, stop)
+
+
+def forward_mode(steps: int, directions: int) -> Schedule:
+    """Advance with tangents: the meta-gradient is there when the validation loss is."""
+    return Schedule(steps, steps, directions=directions)
 
 
 def forward_only(steps: int) -> Schedule:

@@ -28,7 +28,7 @@ from unrollc.plan.actions import (
 )
 from unrollc.plan.liveness import Frame, Owned, draws_noise, frame_of, storage_bytes
 from unrollc.plan.pieces import Pieces
-from unrollc.step import STATE_ROLES, Role, StepGraph
+from unrollc.step import CARRIED, STATE_ROLES, Role, StepGraph
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +150,10 @@ class _Ledger:
                     self.by_kind[storage.what] -= storage.bytes
 
 
+#: Roles of values that reports call by several.
+_PLURAL = (Role.COTANGENT, Role.TANGENT)
+
+
 class _Signature:
     """What a call of a graph takes and returns; graphs are slow to walk."""
 
@@ -161,18 +165,22 @@ class _Signature:
             if draws_noise(graph)
         ]
         lists = (
-            (*STATE_ROLES, Role.RESIDUAL),
+            (*CARRIED, Role.RESIDUAL),
             (Role.COTANGENT,),
             (Role.NOISE,) if self.noise else (),
         )
         self.names = [[v.name for v, _ in graph.inputs_with(*roles)] for roles in lists]
         self.outputs = tuple(zip(graph.outputs, graph.results, strict=True))
         self.kinds = [
-            "cotangents" if value.role is Role.COTANGENT else value.role.value
+            f"{value.role.value}s" if value.role in _PLURAL else value.role.value
             for value in graph.outputs
         ]
         self.residuals = [n for n, v in enumerate(graph.outputs) if v.role is Role.RESIDUAL]
-        self.state = [n for n, value in enumerate(graph.outputs) if value.role in STATE_ROLES]
+        self.state = [
+            n
+            for n, (value, node) in enumerate(self.outputs)
+            if value.role in CARRIED and node is not None
+        ]
         self.frames: dict[tuple[object, ...], Frame] = {}
 
     def frame(self, owned: Sequence[Owned]) -> Frame:
@@ -278,18 +286,20 @@ class _Run:
         for label in pieces.totalled:
             self.totals[label] = [_Storage(pieces.bytes_of(label, self.steps), "meta-gradients")]
             self.held.hold(self.totals[label])
-        last = pieces.steps[pieces.sequence[-1]]
-        roles = [value.role for value, _ in last.outputs_with(*STATE_ROLES)]
-        pairs = zip(roles, self.state, strict=True)
-        read = [storage for role, storage in pairs if role in pieces.validated_roles]
+        pairs = list(zip(pieces.carried, self.state, strict=True))
+        read = [storage for value, storage in pairs if value.role in pieces.validated_roles]
         self.held.hold(read)
         results = self._call("validation", graph, read)
         self.held.release(read)
         self.held.hold(_of(graph, results, Role.LOSS))
         if pieces.differentiates:
             self._collect(graph, results)
-        self.held.hold(self.state)  # the result's own reference
+        own = [storage for value, storage in pairs if value.role is not Role.TANGENT]
+        self.held.hold(own)  # the result's own reference
         self._replace_state([])
+        if pieces.directions:  # multiplied with the tangents already
+            self.held.release(self.cotangents)
+            self.cotangents = []
 
     def _collect(self, graph: StepGraph, results: Sequence[_Held]) -> None:
         cotangents: list[_Held] = []

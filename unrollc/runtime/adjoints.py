@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from unrollc.capture.assemble import assemble_graph
 from unrollc.capture.loop import Loop
 from unrollc.differentiate.adjoint import Key, StepAdjoint
-from unrollc.differentiate.mixed import NoForwardFormulaError, mixed_adjoint, mixed_obstacle
+from unrollc.differentiate.mixed import mixed_adjoint, mixed_obstacle
+from unrollc.differentiate.pushforward import NoForwardFormulaError
 from unrollc.differentiate.reverse import loss_gradient, reverse_adjoint
 from unrollc.differentiate.symmetry import asymmetry
 from unrollc.optimize.simplify import simplify

@@ -20,7 +20,7 @@ from unrollc.codegen.module import GeneratedCode, generate
 from unrollc.errors import InputError
 from unrollc.optimize.simplify import simplify
 from unrollc.plan.memory import MemoryPlan, plan_program
-from unrollc.plan.pieces import Pieces
+from unrollc.plan.pieces import ForwardMode, Pieces
 from unrollc.plan.schedule import forward_only, keep_all
 from unrollc.requirements.check import check_requirements, settle_singularities
 from unrollc.requirements.judge import MetaParameter
@@ -33,6 +33,7 @@ from unrollc.runtime.options import (
     refuse_averages,
     resolve_meta,
 )
+from unrollc.runtime.tangents import forward_mode
 from unrollc.step import STATE_ROLES, Role, StepGraph
 
 
@@ -72,7 +73,7 @@ class Lowered:
 
     @property
     def adjoint(self) -> fx.GraphModule | None:
-        """The adjoint of the last inner step; None for a program that only adapts."""
+        """The adjoint of the last inner step; None where no step is reversed."""
         index = self.pieces.adjoint_sequence[-1] if self.pieces.adjoints else None
         return None if index is None else self.pieces.adjoints[index].graph.module
 
@@ -254,6 +255,8 @@ def _pieces(
     batch_labels = train.labels if train.form in ("list", "stacked") else ()
     per_step = {label for label, value in stock.hyper.items() if isinstance(value, PerStep)}
     stacked = per_step | set(batch_labels if train.form == "stacked" else ())
+    every = frozenset(per_step | set(batch_labels))
+    forward = forward_mode(loop, found.val_gradient, meta, every, options) if found else ""
     return Pieces(
         steps=tuple(simplify(_primal(step)) for step in loop.steps),
         sequence=loop.sequence,
@@ -262,9 +265,11 @@ def _pieces(
         val=simplify(val),
         val_gradient=found.val_gradient if found else None,
         schedule=keep_all(steps, stop) if found else forward_only(steps),
-        per_step=frozenset(per_step | set(batch_labels)),
+        per_step=every,
         stacked=frozenset(stacked),
         wanted=tuple(m.label for m in meta),
+        forward=forward if isinstance(forward, ForwardMode) else None,
+        no_forward=forward if isinstance(forward, str) else "",
     )
 
 
