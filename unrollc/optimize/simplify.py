@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from unrollc.step import ATTACH, Phase, StepGraph, copy, verify
+from unrollc.step import ATTACH, Phase, StepGraph, copy, tensors_of, verify
 
 aten = torch.ops.aten
 
@@ -29,6 +29,7 @@ def simplify(step: StepGraph) -> StepGraph:
             if rewrite(result.graph):
                 changed = True
                 verify(result)
+    refresh_views(result.graph)
     return result
 
 
@@ -187,6 +188,33 @@ def remove_dead(graph: fx.Graph) -> bool:
             graph.erase_node(node)
             changed = True
     return changed
+
+
+def refresh_views(graph: fx.Graph) -> None:
+    """Give views the storage of what they now view.
+
+    A view whose base was replaced by an equal value (``x + 0`` by ``x``, one of two equal ops by
+    the other) still has the fake storage of the base that is gone: memory planned from that would
+    hold bytes that no run holds, and free the new base while the view reads it.
+    """
+    for node in graph.nodes:
+        target: Any = node.target
+        if node.target is operator.getitem:
+            node.meta["val"] = node.args[0].meta["val"][node.args[1]]
+        elif node.op == "call_function" and _aliases(target) and not _shares(node):
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+            with torch.no_grad(), args[0].fake_mode:
+                node.meta["val"] = target(*args, **kwargs)
+
+
+def _aliases(op: torch._ops.OpOverload) -> bool:
+    return any(returned.alias_info is not None for returned in op._schema.returns)
+
+
+def _shares(node: fx.Node) -> bool:
+    """Whether the node's storage is that of one of its operands, as its metadata has it."""
+    storages = {t.untyped_storage()._cdata for n in node.all_input_nodes for t in tensors_of(n)}
+    return all(t.untyped_storage()._cdata in storages for t in tensors_of(node))
 
 
 #: The pipeline, in order.
