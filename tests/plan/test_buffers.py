@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import unrollc
-from tests.plan.graphs import Sketch, random_graphs, values_for
+from tests.plan.graphs import Sketch, misplaced, random_graphs, values_for
 from unrollc.plan.buffers import (
     ALIGNMENT,
     OWNED,
@@ -385,6 +385,7 @@ def graphs_of(name: str) -> list[StepGraph]:
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_slabs_of_the_workloads_are_close_to_the_bound(name: str) -> None:
     for step in graphs_of(name):
+        assert not misplaced(step)
         for owned in ((), OWNED):
             plan = plan_buffers(step, owned)
             assert not findings(step, owned, plan)
