@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from unrollc.optimize.in_place import called_op, out_name
 from unrollc.step import Phase, Role, StepGraph, Value, build, placeholder
 
 aten = torch.ops.aten
@@ -170,7 +171,9 @@ def misplaced(step: StepGraph) -> list[str]:
     for node in step.graph.nodes:
         if node.op == "call_function":
             args, kwargs = fx.map_arg((node.args, node.kwargs), space.__getitem__)
-            space[node] = node.target(*args, **kwargs)
+            if "into" in node.meta:
+                kwargs = {**kwargs, out_name(called_op(node)): args[node.meta["into"]]}
+            space[node] = called_op(node)(*args, **kwargs)
         if node.op != "output":
             compare(node, space[node], node.meta["val"])
     return found

@@ -198,17 +198,26 @@ def refresh_views(graph: fx.Graph) -> None:
     hold bytes that no run holds, and free the new base while the view reads it.
     """
     for node in graph.nodes:
-        target: Any = node.target
-        if node.target is operator.getitem:
-            node.meta["val"] = node.args[0].meta["val"][node.args[1]]
-        elif node.op == "call_function" and _aliases(target) and not _shares(node):
-            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-            with torch.no_grad(), args[0].fake_mode:
-                node.meta["val"] = target(*args, **kwargs)
+        refresh_view(node)
 
 
-def _aliases(op: torch._ops.OpOverload) -> bool:
-    return any(returned.alias_info is not None for returned in op._schema.returns)
+def refresh_view(node: fx.Node) -> None:
+    """`refresh_views` for one node, once its operands are right."""
+    target: Any = node.target
+    args: Any = node.args
+    if target is operator.getitem:
+        node.meta["val"] = args[0].meta["val"][args[1]]
+    elif node.op == "call_function" and aliases(target) and not _shares(node):
+        given: Any = fx.map_arg((args, node.kwargs), lambda n: n.meta["val"])
+        args, kwargs = given
+        with torch.no_grad(), args[0].fake_mode:
+            node.meta["val"] = target(*args, **kwargs)
+
+
+def aliases(op: Any) -> bool:
+    """Whether an op may return a view of an argument."""
+    returns: Any = op._schema.returns
+    return any(returned.alias_info is not None for returned in returns)
 
 
 def _shares(node: fx.Node) -> bool:

@@ -18,6 +18,7 @@ from unrollc.capture.problem import PerStep, Problem, Stock
 from unrollc.capture.validation import capture_val
 from unrollc.codegen.module import GeneratedCode, generate
 from unrollc.errors import InputError
+from unrollc.optimize.in_place import write_in_place
 from unrollc.optimize.simplify import simplify
 from unrollc.plan.memory import MemoryPlan, plan_memory
 from unrollc.plan.pieces import Pieces
@@ -202,7 +203,7 @@ def lower(
     if found is not None:
         requirements = confirmed(requirements, found)
         requirements.raise_for_failure()
-    pieces = _pieces(loop, captured.val, found, meta, options, stock, train)
+    pieces = _in_place(_pieces(loop, captured.val, found, meta, options, stock, train))
     plan = plan_memory(pieces, options.memory, spill=options.spill is not None)
     pieces = replace(pieces, schedule=plan.schedule)
     return Lowered(
@@ -265,6 +266,18 @@ def _pieces(
         per_step=frozenset(per_step | set(batch_labels)),
         stacked=frozenset(stacked),
         wanted=tuple(m.label for m in meta),
+    )
+
+
+def _in_place(pieces: Pieces) -> Pieces:
+    """The graphs with their elementwise ops in place: nothing may keep more values from here on."""
+    adjoints = [replace(each, graph=write_in_place(each.graph)) for each in pieces.adjoints]
+    return replace(
+        pieces,
+        steps=tuple(write_in_place(step) for step in pieces.steps),
+        adjoints=tuple(adjoints),
+        val=write_in_place(pieces.val),
+        val_gradient=pieces.val_gradient and write_in_place(pieces.val_gradient),
     )
 
 
