@@ -17,7 +17,6 @@ import unrollc
 from tests.plan.graphs import Sketch, misplaced, random_graphs, values_for
 from unrollc.plan.buffers import (
     ALIGNMENT,
-    OWNED,
     BufferPlan,
     Lifetime,
     lifetimes_of,
@@ -26,6 +25,7 @@ from unrollc.plan.buffers import (
     plan_buffers,
     slab_bytes,
 )
+from unrollc.plan.liveness import TAKEN_OVER
 from unrollc.step import Role, StepGraph, iterate_calls
 
 aten = torch.ops.aten
@@ -183,7 +183,7 @@ def test_a_chain_takes_two_slots_in_turn() -> None:
     assert sorted(set(plan.offsets.values())) == [0, MATRIX]
 
 
-@pytest.mark.parametrize("role", OWNED)
+@pytest.mark.parametrize("role", TAKEN_OVER)
 def test_an_owned_input_dies_at_its_last_use(role: Role) -> None:
     step = chain(3, role)
     lives = {life.name: (life.first, life.last) for life in lifetimes_of(step)}
@@ -386,7 +386,7 @@ def graphs_of(name: str) -> list[StepGraph]:
 def test_slabs_of_the_workloads_are_close_to_the_bound(name: str) -> None:
     for step in graphs_of(name):
         assert not misplaced(step)
-        for owned in ((), OWNED):
+        for owned in ((), TAKEN_OVER):
             plan = plan_buffers(step, owned)
             assert not findings(step, owned, plan)
             assert plan.slab_bytes <= 1.1 * plan.lower_bound
@@ -413,9 +413,9 @@ def moved(plan: BufferPlan, offsets: dict[str, int]) -> BufferPlan:
 def test_a_storage_freed_early_is_caught() -> None:
     step = chain(4)
     good = plan_buffers(step)
-    assert not findings(step, OWNED, good) and runs_right(step, good)
+    assert not findings(step, TAKEN_OVER, good) and runs_right(step, good)
     early = freed_early(step, good)
-    assert findings(step, OWNED, early)[0].startswith("op 1: ")
+    assert findings(step, TAKEN_OVER, early)[0].startswith("op 1: ")
     assert not runs_right(step, early)
 
 
@@ -429,17 +429,17 @@ def test_a_view_that_does_not_keep_its_base_is_caught() -> None:
     good = plan_buffers(step)
     lives = [replace(life, last=1) if life.name == a.name else life for life in good.lifetimes]
     bad = moved(good, place(lives))
-    assert findings(step, OWNED, bad)
+    assert findings(step, TAKEN_OVER, bad)
     assert runs_right(step, good) and not runs_right(step, bad)
 
 
 def test_a_slab_that_is_too_small_and_a_wrong_bound_are_caught() -> None:
     step = chain(4)
     good = plan_buffers(step)
-    assert findings(step, OWNED, replace(good, slab_bytes=good.slab_bytes - 1))
-    assert findings(step, OWNED, replace(good, lower_bound=good.lower_bound - 1))
+    assert findings(step, TAKEN_OVER, replace(good, slab_bytes=good.slab_bytes - 1))
+    assert findings(step, TAKEN_OVER, replace(good, lower_bound=good.lower_bound - 1))
     shifted = {name: offset + 8 for name, offset in good.offsets.items()}
-    assert findings(step, OWNED, moved(good, shifted))
+    assert findings(step, TAKEN_OVER, moved(good, shifted))
 
 
 def test_clashing_intervals_are_caught() -> None:

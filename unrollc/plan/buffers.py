@@ -16,14 +16,11 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx
 
-from unrollc.plan.liveness import storage_of
-from unrollc.step import STATE_ROLES, Role, StepGraph, iterate_calls, tensors_of
+from unrollc.plan.liveness import TAKEN_OVER, storage_bytes, storage_of
+from unrollc.step import Role, StepGraph, iterate_calls, tensors_of
 
 #: A cache line, and what the CPU allocator of PyTorch aligns to.
 ALIGNMENT = 64
-
-#: What a generated function may own: its callers hand over the state and the cotangents.
-OWNED = (*STATE_ROLES, Role.COTANGENT)
 
 #: The search ends with a slab within this factor of the bound: the next byte costs a placement
 #: more, tenths of a second for the thousands of storages of a transformer's adjoint.
@@ -80,7 +77,7 @@ class BufferPlan:
     lower_bound: int
 
 
-def plan_buffers(step: StepGraph, owned: Collection[Role] = OWNED) -> BufferPlan:
+def plan_buffers(step: StepGraph, owned: Collection[Role] = TAKEN_OVER) -> BufferPlan:
     """``graph --> plan``: lifetimes, and an offset for each.
 
     Args:
@@ -104,7 +101,7 @@ def plan_buffers(step: StepGraph, owned: Collection[Role] = OWNED) -> BufferPlan
 # --- lifetimes --------------------------------------------------------------------------------
 
 
-def lifetimes_of(step: StepGraph, owned: Collection[Role] = OWNED) -> tuple[Lifetime, ...]:
+def lifetimes_of(step: StepGraph, owned: Collection[Role] = TAKEN_OVER) -> tuple[Lifetime, ...]:
     """The lives of the storages that one call allocates or owns, in order of appearance."""
     return _lifetimes(step, _holders(step, owned))
 
@@ -148,7 +145,7 @@ def _lifetimes(step: StepGraph, holders: dict[int, str]) -> tuple[Lifetime, ...]
         if name is not None:
             first.setdefault(name, position)
             last[name] = position
-            sizes[name] = int(tensor.untyped_storage().nbytes())
+            sizes[name] = storage_bytes(tensor)
 
     for node in step.placeholders:
         for tensor in tensors_of(node):
