@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from unrollc.optimize.in_place import called_op, out_name
 from unrollc.step import Phase, Role, StepGraph, Value, build, placeholder
 
 aten = torch.ops.aten
@@ -135,3 +136,44 @@ def values_for(step: StepGraph, seed: int = 0) -> list[Tensor]:
         torch.randn(node.meta["val"].shape, generator=generator, dtype=torch.float64)
         for node in step.placeholders
     ]
+
+
+def arguments_for(step: StepGraph, seed: int = 0) -> list[Tensor]:
+    """Tensors of the placeholders' own shapes, strides and dtypes: numbers in [0, 1), zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for node in step.placeholders:
+        fake = node.meta["val"]
+        real = torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype)
+        floating = fake.dtype.is_floating_point
+        made.append(real.uniform_(generator=generator) if floating else real.zero_())
+    return made
+
+
+def misplaced(step: StepGraph) -> list[str]:
+    """Values that share memory in a run but not by their metadata, or the other way round."""
+    planned_of: dict[int, int] = {}
+    run_of: dict[int, int] = {}
+    found = []
+
+    def compare(node: fx.Node, real: Any, fake: Any) -> None:
+        if isinstance(real, tuple | list):
+            for one, other in zip(real, fake, strict=True):
+                compare(node, one, other)
+        elif isinstance(real, Tensor):
+            run, planned = real.untyped_storage()._cdata, fake.untyped_storage()._cdata
+            if planned_of.setdefault(run, planned) != planned:
+                found.append(f"{node} shares memory that it does not share by its metadata")
+            elif run_of.setdefault(planned, run) != run:
+                found.append(f"{node} has memory of its own, but not by its metadata")
+
+    space = dict(zip(step.placeholders, arguments_for(step), strict=True))
+    for node in step.graph.nodes:
+        if node.op == "call_function":
+            args, kwargs = fx.map_arg((node.args, node.kwargs), space.__getitem__)
+            if "into" in node.meta:
+                kwargs = {**kwargs, out_name(called_op(node)): args[node.meta["into"]]}
+            space[node] = called_op(node)(*args, **kwargs)
+        if node.op != "output":
+            compare(node, space[node], node.meta["val"])
+    return found

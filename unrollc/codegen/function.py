@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
-from typing import Any
 
 from torch import fx
 
 from unrollc.codegen.literals import literal
 from unrollc.codegen.names import alias_of, name_values
 from unrollc.errors import Source
+from unrollc.optimize.in_place import called_op, out_name
 from unrollc.plan.liveness import TAKEN_OVER, draws_noise, last_uses, unread
 from unrollc.step import CARRIED, Phase, Role, StepGraph, Value, shape_text, tensors_of
 
@@ -136,9 +136,11 @@ def _body(step: StepGraph, names: dict[fx.Node, str]) -> list[str]:
 
 
 def _statement(node: fx.Node, names: dict[fx.Node, str], dead: list[fx.Node]) -> str:
-    target: Any = node.target
+    target = called_op(node)
     args = [literal(arg, names) for arg in node.args]
     args += [f"{key}={literal(value, names)}" for key, value in node.kwargs.items()]
+    if "into" in node.meta:
+        args.append(f"{out_name(target)}={args[node.meta['into']]}")
     call = f"{alias_of(target)}({', '.join(args)})"
     left, dropped = _left_side(node, names)
     gone = [names[n] for n in dead if n is not node or isinstance(left, str)]

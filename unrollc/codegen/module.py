@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import textwrap
 from dataclasses import dataclass
-from typing import Any
 
 from unrollc.codegen.calls import (
     labels_of,
@@ -24,6 +23,7 @@ from unrollc.codegen.function import render_function
 from unrollc.codegen.literals import literal, tensor_literal
 from unrollc.codegen.loops import render_constants, render_loops
 from unrollc.codegen.names import alias_of
+from unrollc.optimize.in_place import called_op
 from unrollc.plan.memory import MemoryPlan
 from unrollc.plan.pieces import Pieces
 from unrollc.step import Noise, Role, StepGraph, Value, iterate_calls
@@ -118,7 +118,7 @@ class _Module:
         found: dict[str, str] = {}
         for _, graph in self.graphs:
             for node in iterate_calls(graph):
-                target: Any = node.target
+                target = called_op(node)
                 space, _, name = target._schema.name.partition("::")
                 path = f"torch.ops.{space}.{name}.{target._overloadname}"
                 assert found.setdefault(alias_of(target), path) == path, f"two ops for {path}"
@@ -129,7 +129,7 @@ class _Module:
         for value, _ in graph.inputs_with(Role.CONSTANT):
             text = tensor_literal(graph.constants[value.name])
             names[value.name] = self.constants.setdefault(text, f"CONSTANT_{len(self.constants)}")
-        reserved = {alias_of(node.target) for node in iterate_calls(graph)}
+        reserved = {alias_of(called_op(node)) for node in iterate_calls(graph)}
         return render_function(name, graph, _doc(name, graph, self.pieces), names, reserved)
 
 

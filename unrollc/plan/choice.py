@@ -16,7 +16,7 @@ import torch
 from unrollc.errors import BudgetError
 from unrollc.plan.cost import human_bytes
 from unrollc.plan.forward import in_forward_mode
-from unrollc.plan.pieces import Pieces
+from unrollc.plan.pieces import Pieces, in_place
 from unrollc.plan.predict import predict
 from unrollc.plan.recording import recording
 from unrollc.plan.schedule import Schedule
@@ -43,17 +43,18 @@ def choose(pieces: Pieces, budget: int | None, *, spill: bool = False) -> tuple[
         BudgetError: If none fits; it names the smallest budget that would do.
     """
     if spill:
+        pieces = in_place(pieces)
         schedule = choose_segments(pieces, budget)
         why = "states are spilled" if pieces.forward else pieces.no_forward
         return replace(pieces, schedule=schedule, forward=None, no_forward=why), _not_taken(why)
     if pieces.forward is None:
         return _with_schedule(pieces, budget), _not_taken(pieces.no_forward)
-    forward = in_forward_mode(pieces)
+    forward = in_place(in_forward_mode(pieces))
     peak = _peak(forward, forward.schedule)
-    if budget is not None and (least := _smallest(pieces)) > budget:
+    if budget is not None and (least := _smallest(plain := in_place(pieces))) > budget:
         if peak <= budget:
             return forward, "taken: no schedule of a backward pass fits into the budget"
-        leanest = forward if peak < least else pieces
+        leanest = forward if peak < least else plain
         raise _too_small(leanest, _leanest(leanest.schedule), budget)
     reverse = _with_schedule(replace(pieces, forward=None), budget)
     ratio = total_cost(forward).weight / max(total_cost(reverse).weight, 1.0)
@@ -71,20 +72,19 @@ def _not_taken(why: str) -> str:
 
 def _with_schedule(pieces: Pieces, budget: int | None) -> Pieces:
     """The program under the cheapest schedule that fits, with residuals where there is room."""
+    found = in_place(pieces)
     if budget is None:
         limit = _device_memory(pieces) // 2
     else:
         limit = budget
-        pieces = replace(pieces, schedule=choose_schedule(pieces, budget))
-    if not pieces.differentiates or pieces.schedule.slots is not None:
-        return pieces
-    found = [pieces]
+        found = replace(found, schedule=choose_schedule(found, budget))
+    if not pieces.differentiates or found.schedule.slots is not None:
+        return found
     for price in _PRICES:
-        recorded = recording(pieces, price)
+        recorded = in_place(recording(pieces, price))
         if predict(recorded).moment.bytes <= limit:
-            found.append(recorded)
-            break
-    return min(found, key=lambda each: total_cost(each).weight)
+            return min(found, recorded, key=lambda each: total_cost(each).weight)
+    return found
 
 
 def _device_memory(pieces: Pieces) -> int:

@@ -91,6 +91,10 @@ def partition(step: StepGraph, adjoint: StepGraph, price: float) -> Partition:
             0 keeps all that the adjoint's own ops read, views and fills excepted.
     """
     assert price >= 0, f"the price of a byte is {price}"
+    overwritten = [
+        node for graph in (step, adjoint) for node in graph.graph.nodes if "into" in node.meta
+    ]
+    assert not overwritten, f"kept values could be overwritten: {overwritten}"
     common = shared(step, adjoint)
     keep, again = _needed(common, adjoint, _recomputed(common, adjoint, price))
     repeated = sum((cost_of_node(node) for node in _repeated(again, common)), NOTHING)

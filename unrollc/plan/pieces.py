@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from unrollc.differentiate.adjoint import StepAdjoint
 from unrollc.differentiate.tangent import Direction
+from unrollc.optimize.in_place import write_in_place
 from unrollc.plan.schedule import Schedule
 from unrollc.step import CARRIED, STATE_ROLES, Role, StepGraph, Value
 
@@ -116,3 +117,15 @@ class Pieces:
     def bytes_of(self, label: str, steps: int) -> int:
         """Bytes of an input of the program, over so many steps where each has its own."""
         return self._sizes[label] * (steps if label in self.per_step else 1)
+
+
+def in_place(pieces: Pieces) -> Pieces:
+    """The graphs with their elementwise ops in place: nothing may keep more values from here on."""
+    adjoints = [replace(each, graph=write_in_place(each.graph)) for each in pieces.adjoints]
+    return replace(
+        pieces,
+        steps=tuple(write_in_place(step) for step in pieces.steps),
+        adjoints=tuple(adjoints),
+        val=write_in_place(pieces.val),
+        val_gradient=pieces.val_gradient and write_in_place(pieces.val_gradient),
+    )
