@@ -1,9 +1,11 @@
-"""Settings every test shares: one thread, a fixed seed."""
+"""Settings every test shares: one thread, a fixed seed, stated rates."""
 
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+from unrollc.plan.calibration import DEFAULT
 
 
 def pytest_configure() -> None:
@@ -24,6 +26,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def uncalibrated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans use the stated rates, whatever was measured on the machine that runs the tests."""
+    monkeypatch.setattr("unrollc.plan.calibration._read", lambda path, threads: DEFAULT)
 
 
 @pytest.fixture

@@ -18,6 +18,11 @@ from unrollc.plan.cost import Cost
 MEASURED = Rates(50e9, 4.0, 1000.0, calibrated=True)
 
 
+@pytest.fixture
+def uncalibrated() -> None:
+    """These tests write the file themselves."""
+
+
 @pytest.fixture(autouse=True)
 def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

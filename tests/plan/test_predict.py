@@ -143,3 +143,10 @@ def test_the_table_shows_the_peak_by_role_and_line() -> None:
     text = str(lowered(CAPTURED, memory=9_000).plan)
     for words in ("binomial", "opt_state", "theta", "cotangents", "8.8 KiB", "adam.py:", "R = "):
         assert words in text, words
+
+
+def test_slabs_are_close_to_what_lives_at_once() -> None:
+    buffers = lowered(CAPTURED).plan.buffers
+    assert set(buffers) >= {"step_0", "step_1", "validate", "adjoint_0"}
+    for plan in buffers.values():
+        assert plan.lower_bound <= plan.slab_bytes <= 1.1 * plan.lower_bound

@@ -54,12 +54,7 @@ class _Module:
         self.pieces = pieces
         self.plan = plan
         self.constants: dict[str, str] = {}
-        self.val = pieces.val_gradient or pieces.val
-        self.graphs: list[tuple[str, StepGraph]] = [
-            *((f"step_{i}", step) for i, step in enumerate(pieces.steps)),
-            ("validate", self.val),
-            *((f"adjoint_{i}", adjoint.graph) for i, adjoint in enumerate(pieces.adjoints)),
-        ]
+        self.graphs = pieces.named_graphs
         self.noise_of = {f"step_{i}": step for i, step in enumerate(pieces.steps)}
         self.noise_of["validate"] = pieces.val
 

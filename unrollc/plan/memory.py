@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from rich.console import Console
 from rich.table import Table
 
+from unrollc.plan.buffers import BufferPlan, plan_buffers
 from unrollc.plan.calibration import current_rates
 from unrollc.plan.choice import choose
 from unrollc.plan.cost import Cost, human_bytes
@@ -66,6 +67,15 @@ class MemoryPlan:
     def work(self) -> RunCost:
         """`cost` as polynomials in the number of steps T and of repeated steps R."""
         return run_cost(self.pieces, self.schedule.recomputed)
+
+    @functools.cached_property
+    def buffers(self) -> dict[str, BufferPlan]:
+        """For each graph that runs, where its values would live in one slab of memory.
+
+        ``slab_bytes`` beside ``lower_bound`` tells what placing them costs. The `aten` backend leaves
+        the placing to PyTorch's allocator.
+        """
+        return {name: plan_buffers(graph) for name, graph in self.pieces.named_graphs}
 
     def for_steps(self, steps: int) -> MemoryPlan:
         """The plan of the same program for another number of inner steps, without lowering.

@@ -69,6 +69,15 @@ class Pieces:
         return self.val_gradient is not None
 
     @property
+    def named_graphs(self) -> tuple[tuple[str, StepGraph], ...]:
+        """Every graph with the name of its function in the generated program."""
+        return (
+            *((f"step_{i}", step) for i, step in enumerate(self.steps)),
+            ("validate", self.val_gradient or self.val),
+            *((f"adjoint_{i}", adjoint.graph) for i, adjoint in enumerate(self.adjoints)),
+        )
+
+    @property
     def device(self) -> torch.device:
         """Where the fast weights live."""
         _, node = self.steps[0].inputs_with(Role.THETA)[0]
