@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import unrollc
 from tests.differentiate.steps import captured
@@ -192,6 +193,18 @@ def asymmetric() -> dict[str, Any]:
     }
 
 
+def averaged() -> dict[str, Any]:
+    """The validation loss reads averaged weights; gradients are clipped on the way."""
+    model, lr = MLP(), scalar(0.1)
+    opt = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.8)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+
+    def clip(params: Any) -> None:
+        nn.utils.clip_grad_norm_(params, 0.3)
+
+    return {"model": model, "opt": opt, "average": average, "grad_transform": clip, "meta": [lr]}
+
+
 PROGRAMS: dict[str, Callable[[], dict[str, Any]]] = {
     "sgd": sgd,
     "momentum": momentum,
@@ -201,6 +214,7 @@ PROGRAMS: dict[str, Callable[[], dict[str, Any]]] = {
     "batch norm": batch_norm,
     "buffers": buffers,
     "asymmetric": asymmetric,
+    "averaged": averaged,
 }
 
 

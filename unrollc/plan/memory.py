@@ -72,8 +72,8 @@ class MemoryPlan:
     def buffers(self) -> dict[str, BufferPlan]:
         """For each graph that runs, where its values would live in one slab of memory.
 
-        ``slab_bytes`` beside ``lower_bound`` tells what placing them costs. The `aten` backend leaves
-        the placing to PyTorch's allocator.
+        ``slab_bytes`` beside ``lower_bound`` tells what placing them costs. The `aten` backend
+        leaves the placing to PyTorch's allocator.
         """
         return {name: plan_buffers(graph) for name, graph in self.pieces.named_graphs}
 
