@@ -149,4 +149,5 @@ def test_slabs_are_close_to_what_lives_at_once() -> None:
     buffers = lowered(CAPTURED).plan.buffers
     assert set(buffers) >= {"step_0", "step_1", "validate", "adjoint_0"}
     for plan in buffers.values():
-        assert plan.lower_bound <= plan.slab_bytes <= 1.1 * plan.lower_bound
+        rounding = 64 * len(plan.lifetimes)  # the tensors are tiny, and each is aligned
+        assert plan.lower_bound <= plan.slab_bytes <= 1.1 * plan.lower_bound + rounding
