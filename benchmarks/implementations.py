@@ -1,0 +1,177 @@
+"""The workloads run by unrollc, by plain PyTorch and by ``higher``, with the same arithmetic.
+
+Each implementation is a function ``problem -> call``; ``call()`` makes one meta-gradient, summed
+over the problem's tasks, into ``.grad`` of the problem's leaves and returns the validation losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from networks import LearnedOptimizer
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from workloads import Batch, Problem
+
+import unrollc
+
+Call = Callable[[], list[float]]
+Params = dict[str, Tensor]
+State = dict[str, Any]
+
+
+def compiled(problem: Problem, memory: str | None = None) -> tuple[Any, Call]:
+    """The program of unrollc and its call; the first call lowers it, if nothing did before."""
+    if problem.rates is not None:
+        problem.opt.param_groups[0]["lr"] = unrollc.PerStep(problem.rates)
+    program = unrollc.compile(
+        problem.model, problem.opt, problem.loss, meta=_requested(problem), memory=memory
+    )
+
+    def call() -> list[float]:
+        losses = []
+        for train, val in problem.tasks:
+            result = program(data_of(problem, train), val)
+            result.loss.backward()
+            losses.append(float(result.loss))
+        return losses
+
+    return program, call
+
+
+def data_of(problem: Problem, train: Batch) -> Any:
+    """The training batches in the form that unrollc takes."""
+    return unrollc.repeat(train, problem.steps) if problem.repeated else train
+
+
+def _requested(problem: Problem) -> list[Any]:
+    """What ``meta=`` is: the leaves, but learning rates that are one a step as they were given."""
+    leaves = [leaf for leaf in problem.leaves.values() if leaf is not problem.rates]
+    return leaves if problem.rates is None else [*leaves, problem.opt.param_groups[0]["lr"]]
+
+
+def unrolled(problem: Problem) -> Call:
+    """Every inner step on one autograd graph: ``functional_call`` and ``create_graph=True``."""
+    rule = _RULES[type(problem.opt)]
+
+    def run(train: Batch, val: Batch) -> Tensor:
+        params = dict(problem.model.named_parameters())
+        buffers = {name: b.clone() for name, b in problem.model.named_buffers()}
+        state: State = {}
+        for j in range(problem.steps):
+            loss = _loss(problem, (params, buffers), problem.batch_of(train, j))
+            grads = torch.autograd.grad(loss, list(params.values()), create_graph=True)
+            params, state = rule(problem, j, params, grads, state)
+        return _loss(problem, (params, buffers), val)
+
+    def call() -> list[float]:
+        losses = []
+        with sdpa_kernel(SDPBackend.MATH):  # the other kernels have no second derivative
+            for train, val in problem.tasks:
+                loss = run(train, val)
+                loss.backward(inputs=list(problem.leaves.values()))
+                losses.append(float(loss))
+                del loss
+        return losses
+
+    return call
+
+
+def _loss(problem: Problem, values: tuple[Params, Params], batch: Batch) -> Tensor:
+    return problem.loss(functional_call(problem.model, values, (batch[0],)), batch[1])
+
+
+def _rate(problem: Problem, step: int, index: int) -> Any:
+    groups = problem.opt.param_groups
+    return problem.rates[step] if problem.rates is not None else groups[index % len(groups)]["lr"]
+
+
+def _sgd(
+    problem: Problem, step: int, params: Params, grads: Sequence[Tensor], state: State
+) -> tuple[Params, State]:
+    """SGD with or without momentum (no dampening)."""
+    new, moved = {}, {}
+    for i, ((name, p), g) in enumerate(zip(params.items(), grads, strict=True)):
+        if momentum := problem.opt.param_groups[0]["momentum"]:
+            g = momentum * state[name] + g if state else g
+            moved[name] = g
+        new[name] = p - _rate(problem, step, i) * g
+    return new, moved
+
+
+def _adam(
+    problem: Problem, step: int, params: Params, grads: Sequence[Tensor], state: State
+) -> tuple[Params, State]:
+    """Adam, as `torch.optim` computes it, with the root kept off 0 where its slope is infinite."""
+    group = problem.opt.param_groups[0]
+    (beta1, beta2), eps = group["betas"], group["eps"]
+    new, moments = {}, {}
+    scale1, scale2 = 1 - beta1 ** (step + 1), (1 - beta2 ** (step + 1)) ** 0.5
+    for i, ((name, p), g) in enumerate(zip(params.items(), grads, strict=True)):
+        mean, square = state.get(name, (torch.zeros_like(p), torch.zeros_like(p)))
+        mean = beta1 * mean + (1 - beta1) * g
+        square = beta2 * square + (1 - beta2) * g * g
+        moments[name] = mean, square
+        new[name] = p - _rate(problem, step, i) / scale1 * mean / (_root(square) / scale2 + eps)
+    return new, moments
+
+
+def _root(square: Tensor) -> Tensor:
+    return square.clamp(min=torch.finfo(square.dtype).tiny).sqrt()
+
+
+def _learned(
+    problem: Problem, step: int, params: Params, grads: Sequence[Tensor], state: State
+) -> tuple[Params, State]:
+    net = problem.opt.net
+    flat = torch.cat([g.flatten() for g in grads])
+    updates, memory = net(flat, state.get("memory") or net.blank(flat))
+    parts = updates.split([p.numel() for p in params.values()])
+    new = {name: p + u.view_as(p) for (name, p), u in zip(params.items(), parts, strict=True)}
+    return new, {"memory": memory}
+
+
+_RULES: dict[type[torch.optim.Optimizer], Callable[..., tuple[Params, State]]] = {
+    torch.optim.SGD: _sgd,
+    torch.optim.Adam: _adam,
+    LearnedOptimizer: _learned,
+}
+
+
+def higher_loop(problem: Problem) -> Call:
+    """The loop of ``higher``, whose optimizers are differentiable copies of those of torch.
+
+    Raises:
+        ValueError: For an optimizer of the user's own, which it has no copy of.
+    """
+    import higher
+
+    if isinstance(problem.opt, LearnedOptimizer):
+        raise ValueError("higher has no differentiable copy of a learned optimizer")
+    groups = problem.opt.param_groups
+    learned = isinstance(groups[0]["lr"], Tensor)
+    override = {"lr": [group["lr"] for group in groups]} if learned else None
+
+    def call() -> list[float]:
+        losses = []
+        with sdpa_kernel(SDPBackend.MATH):
+            for train, val in problem.tasks:
+                loss = run(train, val)
+                loss.backward(inputs=list(problem.leaves.values()))
+                losses.append(float(loss))
+                del loss
+        return losses
+
+    def run(train: Batch, val: Batch) -> Tensor:
+        kwargs = {"copy_initial_weights": False, "override": override}
+        with higher.innerloop_ctx(problem.model, problem.opt, **kwargs) as (model, opt):
+            for j in range(problem.steps):
+                inputs, target = problem.batch_of(train, j)
+                now = None if problem.rates is None else {"lr": [problem.rates[j]]}
+                opt.step(problem.loss(model(inputs), target), override=now)
+            return problem.loss(model(val[0]), val[1])
+
+    return call
