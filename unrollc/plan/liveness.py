@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx
 
+from unrollc.plan.scratch import scratch_of
 from unrollc.step import CARRIED, Role, StepGraph, tensors_of
 
 #: Roles of inputs that a generated function takes over: lists that it empties, so that a tensor
@@ -38,7 +39,8 @@ class Frame:
         peak: Most bytes that the call holds at once beyond what was there when it began. Negative
             where it frees more of its inputs than it ever allocates.
         peak_node: Name of the value at whose computation the peak is reached.
-        held: What the call has allocated and holds at that moment: bytes by name of a value.
+        held: What the call has allocated and holds at that moment: bytes by name of a value; the
+            scratch memory of the op that runs goes by its name as well.
         freed: Which of the owned storages are gone by then, with their bytes.
         results: For each output the storages behind it: an input's name, or a number for a
             storage that the call allocated; None for a structural zero.
@@ -161,13 +163,16 @@ class _Walk:
             for tensor in tensors_of(part):
                 if storage_of(tensor) in self.holders and (part is not node or _single(node)):
                     self.holders[storage_of(tensor)].add(part)
-        if self.live > self.peak:
-            self.peak, self.peak_node, self.freed = self.live, node.name, tuple(self.gone)
-            self.held = tuple(
+        scratch = scratch_of(node)
+        if self.live + scratch > self.peak:
+            self.peak, self.peak_node = self.live + scratch, node.name
+            self.freed = tuple(self.gone)
+            held = [
                 (self.first[storage], self.sizes[self.numbers[storage]])
                 for storage in self.holders
                 if storage in self.numbers
-            )
+            ]
+            self.held = (*held, (node.name, scratch)) if scratch else tuple(held)
         for dead in self.ends.get(node, []):
             self._release(dead)
         self._free()
