@@ -62,8 +62,14 @@ def resident_peak(run: Callable[[], Any]) -> tuple[int, float]:
 def load_kernels() -> None:
     """Load the code that a first convolution, product and backward pass load."""
     net = nn.Sequential(
-        nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
-        nn.LazyLinear(2), nn.LayerNorm(2), nn.Tanh(),
+        nn.Conv2d(1, 2, 3),
+        nn.BatchNorm2d(2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.LazyLinear(2),
+        nn.LayerNorm(2),
+        nn.Tanh(),
     )
     loss = F.cross_entropy(net(torch.randn(2, 1, 8, 8)), torch.tensor([0, 1]))
     grads = torch.autograd.grad(loss, list(net.parameters()), create_graph=True)

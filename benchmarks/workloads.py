@@ -83,11 +83,14 @@ def build(name: str, steps: int | None = None, dtype: torch.dtype = torch.float3
 
 
 def _samples(lead: tuple[int, ...], shape: tuple[int, ...], classes: int, seed: int) -> Batch:
-    """Inputs [*lead, *shape] and labels [*lead]; the first steps do not depend on how many follow."""
+    """Inputs [*lead, *shape] and labels [*lead]; more steps leave the first ones as they are."""
     generator = torch.Generator().manual_seed(seed)
     first, *others = lead
     parts = [
-        (torch.randn(*others, *shape, generator=generator), torch.randint(classes, others, generator=generator))
+        (
+            torch.randn(*others, *shape, generator=generator),
+            torch.randint(classes, others, generator=generator),
+        )
         for _ in range(first)
     ]
     inputs, labels = zip(*parts, strict=True)

@@ -41,7 +41,8 @@ def scratch_of(node: fx.Node) -> int:
     row = ROWS.get(target)
     if row is None:
         return 0
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    values: Any = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    args, kwargs = values
     if args[0].device.type != "cpu":
         return 0
     return max(row.count(*args, **kwargs), 0)
@@ -82,6 +83,11 @@ def _last(images: Tensor) -> bool:
     return images.is_contiguous(memory_format=torch.channels_last)
 
 
+def _dense(*tensors: Tensor) -> int:
+    """Bytes of the copies of those that lie in neither layout, which the call holds throughout."""
+    return sum(_bytes(t) for t in tensors if not (t.is_contiguous() or _last(t)))
+
+
 def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
@@ -89,20 +95,21 @@ def _bytes(tensor: Tensor) -> int:
 def _output(images: Tensor, weight: Tensor, geometry: tuple[Any, ...]) -> Tensor:
     """A convolution's result, on fake tensors."""
     stride, padding, dilation, transposed, extra, groups = geometry
-    return aten.convolution.default(
-        images, weight, None, stride, padding, dilation, transposed, extra, groups
-    )
+    rest = stride, padding, dilation, transposed, extra, groups
+    out: Tensor = aten.convolution.default(images, weight, None, *rest)
+    return out
 
 
 def _convolution(images: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> int:
     out = _output(images, weight, geometry)
     if images.dtype != torch.float32:
         return _columns(weight, out, geometry)
-    copied = _blocked_weight(weight, plain=images.shape[1] < _block())
+    plain = images.shape[1] < _block() and not geometry[3]  # a transposed one is a backward pass
+    copied = _blocked_weight(weight, plain=plain)
     if _last(images):
         return copied
-    inner = _blocked(images, plain=True) + copied + _blocked(out)
-    return max(inner - _bytes(out), _blocked(out))
+    inner = _blocked(images, plain=plain) + copied + _blocked(out)
+    return max(inner - _bytes(out), _blocked(out)) + _dense(images, weight)
 
 
 def _convolution_backward(
@@ -117,7 +124,7 @@ def _convolution_backward(
         return _columns(weight, cotangent, tuple(geometry)) if wanted[1] else 0
     if _last(images):
         return _blocked_weight(weight, plain=False)
-    results = [_bytes(images) * wanted[0], _bytes(weight) * wanted[1]]
+    results = [_bytes(images) * bool(wanted[0]), _bytes(weight) * bool(wanted[1])]
     peaks = [0]
     source, copied = _blocked(images), _blocked(cotangent)
     if wanted[0]:  # the images' cotangent is made first
@@ -127,7 +134,7 @@ def _convolution_backward(
         read = copied + _blocked(images, plain=True)
         made = _blocked_weight(weight, plain=images.shape[1] < _block())
         peaks.append(results[0] + max(read + made, made + results[1]))
-    return max(peaks) - sum(results)
+    return max(peaks) - sum(results) + _dense(cotangent, images, weight)
 
 
 def _columns(weight: Tensor, out: Tensor, geometry: tuple[Any, ...]) -> int:
