@@ -36,7 +36,7 @@ def compiled(problem: Problem, memory: str | None = None) -> tuple[Any, Call]:
         for train, val in problem.tasks:
             result = program(data_of(problem, train), val)
             result.loss.backward()
-            losses.append(float(result.loss))
+            losses.append(result.loss.item())
         return losses
 
     return program, call
@@ -73,7 +73,7 @@ def unrolled(problem: Problem) -> Call:
             for train, val in problem.tasks:
                 loss = run(train, val)
                 loss.backward(inputs=list(problem.leaves.values()))
-                losses.append(float(loss))
+                losses.append(loss.item())
                 del loss
         return losses
 
@@ -161,7 +161,7 @@ def higher_loop(problem: Problem) -> Call:
             for train, val in problem.tasks:
                 loss = run(train, val)
                 loss.backward(inputs=list(problem.leaves.values()))
-                losses.append(float(loss))
+                losses.append(loss.item())
                 del loss
         return losses
 

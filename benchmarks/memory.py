@@ -83,7 +83,7 @@ def main(
     peers: Annotated[bool, typer.Option(help="Measure torch.func and higher as well.")] = True,
 ) -> None:
     """Print a table of what each workload takes."""
-    table = table_of()
+    table, failures = table_of(), list[str]()
     for name in names or WORKLOADS:
         runs = [("unrollc", budget) for budget in WORKLOADS[name].budgets]
         runs += [("torch.func", None), ("higher", None)] if peers else []
@@ -91,9 +91,10 @@ def main(
             try:
                 row = cells(measured(name, implementation, budget, steps))
             except RuntimeError as error:
-                row = [str(error)]
+                failures.append(f"{name} by {implementation}: {error}")
+                continue
             table.add_row(name, implementation, budget or "", *row)
-    Console(width=max(Console().width, 110)).print(table)
+    Console(width=max(Console().width, 110)).print(table, *failures, sep="\n")
 
 
 if __name__ == "__main__":
