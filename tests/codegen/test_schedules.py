@@ -44,7 +44,13 @@ def lowered(**options: Any) -> tuple[Any, dict[str, Any]]:
     train = cases.batches((5, 4), T, seed=1)
     val = unstack(train)[0]
     program = unrollc.compile(model, opt, F.cross_entropy, **options)
-    return program.lower(train, val), program.inputs(train, val)
+    lowered = program.lower(train, val)
+    return lowered, program.inputs(train, val)
+
+
+def plain_pieces(lowered: Any) -> Any:
+    """The program before a schedule is chosen: every state is kept, and no residuals."""
+    return lowered.plan._given
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +69,7 @@ def under(pieces: Any, schedule: Schedule) -> Any:
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_a_step_that_runs_again_is_the_same(name: str, usual: Any) -> None:
     program, inputs = usual
-    module, plain = under(program.pieces, SCHEDULES[name]), load(program.generated)
+    module, plain = under(plain_pieces(program), SCHEDULES[name]), load(program.generated)
     for seed in (0, 7):
         loss, found = module.loss_and_gradients(inputs, seed)
         expected_loss, expected = plain.loss_and_gradients(inputs, seed)
@@ -76,7 +82,7 @@ def test_a_step_that_runs_again_is_the_same(name: str, usual: Any) -> None:
 def test_noise_of_another_step_is_found(usual: Any) -> None:
     """The broken twin: a step that runs again draws other noise."""
     program, inputs = usual
-    module, plain = under(program.pieces, SCHEDULES["2 slots"]), load(program.generated)
+    module, plain = under(plain_pieces(program), SCHEDULES["2 slots"]), load(program.generated)
     loss, _, _, kept, cotangents, totals = module.adapt(inputs, 0)
     found = module.backward(inputs, 5, kept, cotangents, totals)
     expected_loss, expected = plain.loss_and_gradients(inputs, 0)
@@ -107,7 +113,7 @@ class Spy:
 def test_the_code_runs_the_schedule(name: str, usual: Any) -> None:
     program, inputs = usual
     schedule = SCHEDULES[name]
-    module = under(program.pieces, schedule)
+    module = under(plain_pieces(program), schedule)
     spy = Spy(module)
     module.loss_and_gradients(inputs)
     planned = [action for action in schedule if isinstance(action, Advance | Reverse)]
@@ -121,7 +127,7 @@ def test_the_code_runs_the_schedule(name: str, usual: Any) -> None:
 def test_truncated_programs_stop_where_they_must(slots: int) -> None:
     program, inputs = lowered(gradient=unrollc.Truncated(5))
     schedule = Schedule(T, stop=T - 5, slots=slots)
-    module = under(program.pieces, schedule)
+    module = under(plain_pieces(program), schedule)
     spy = Spy(module)
     _, found = module.loss_and_gradients(inputs)
     _, expected = load(program.generated).loss_and_gradients(inputs)
@@ -133,11 +139,13 @@ def test_truncated_programs_stop_where_they_must(slots: int) -> None:
 def test_a_budget_gives_the_schedule_and_the_same_gradient() -> None:
     full, inputs = lowered()
     expected_loss, expected = load(full.generated).loss_and_gradients(inputs)
-    for part in (0.9, 0.7, 0.5):
-        budget = int(full.plan.peak_bytes * part)
+    every_state = plan_memory(plain_pieces(full)).peak_bytes
+    assert full.plan.schedule.records and every_state < full.plan.peak_bytes
+    for part in (1.0, 0.9, 0.7, 0.5):
+        budget = int(every_state * part)
         program, _ = lowered(memory=budget)
         assert program.plan.peak_bytes <= budget
-        assert program.plan.schedule.slots is not None and program.plan.schedule.recomputed > 0
+        assert (program.plan.schedule.recomputed > 0) == (part < 1)
         loss, found = load(program.generated).loss_and_gradients(inputs)
         assert torch.equal(loss, expected_loss)
         assert_close(found, expected, rtol=1e-13)

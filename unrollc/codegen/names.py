@@ -43,7 +43,7 @@ def name_values(step: StepGraph, reserved: Iterable[str]) -> dict[fx.Node, str]:
         return name
 
     for value, node in zip(step.outputs, step.results, strict=True):
-        if node is not None and node not in names:
+        if node is not None and node not in names and value.role is not Role.RESIDUAL:
             names[node] = claim(_PREFIX.get(value.role, "") + value.name)
     for node in step.graph.nodes:
         if node.op != "call_function" or node in names:
