@@ -35,6 +35,12 @@ def uncalibrated(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def short_loops_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward mode is tried for loops of any length."""
+    monkeypatch.setattr("unrollc.runtime.tangents.SHORTEST_LOOP", 0)
+
+
+@pytest.fixture
 def float64() -> Iterator[None]:
     """Make float64 the default dtype for one test.
 

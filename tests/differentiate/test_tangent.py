@@ -25,7 +25,7 @@ from unrollc.runtime.load import load
 from unrollc.runtime.lowering import Lowered
 from unrollc.step import STATE_ROLES, Phase, Role, StepGraph
 
-pytestmark = pytest.mark.usefixtures("float64")
+pytestmark = pytest.mark.usefixtures("float64", "short_loops_too")
 
 T, SEED = 5, 11
 

@@ -21,7 +21,7 @@ from unrollc.differentiate.tangent import Direction, step_tangent, tangent_obsta
 from unrollc.optimize.simplify import simplify
 from unrollc.step import Role, StepGraph
 
-pytestmark = pytest.mark.usefixtures("float64")
+pytestmark = pytest.mark.usefixtures("float64", "short_loops_too")
 
 
 def moving_state(step: StepGraph) -> frozenset[Key]:

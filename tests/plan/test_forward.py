@@ -23,7 +23,7 @@ from unrollc.plan.pieces import Pieces, in_place
 from unrollc.plan.predict import predict
 from unrollc.plan.schedule import Schedule
 
-pytestmark = pytest.mark.usefixtures("float64")
+pytestmark = pytest.mark.usefixtures("float64", "short_loops_too")
 
 T = 6
 # Scalars that are not the plan's: the cotangent 1 of autograd, the learning rate's gradient, and

@@ -151,3 +151,19 @@ def test_slabs_are_close_to_what_lives_at_once() -> None:
     for plan in buffers.values():
         rounding = 64 * len(plan.lifetimes)  # the tensors are tiny, and each is aligned
         assert plan.lower_bound <= plan.slab_bytes <= 1.1 * plan.lower_bound + rounding
+
+
+def test_later_steps_are_as_the_last_ones() -> None:
+    """RAdam rectifies from its sixth step on: its later steps hold more than most that are known."""
+
+    def plan_of(steps: int) -> Any:
+        torch.manual_seed(0)
+        model = nn.Linear(4, 3)
+        opt = torch.optim.RAdam(model.parameters(), lr=0.05)
+        train = cases.batches((5, 4), steps, seed=1)
+        program = unrollc.compile(model, opt, F.cross_entropy)
+        return program.lower(train, unstack(train)[0]).plan
+
+    assert plan_of(9).for_steps(20).peak_bytes == plan_of(20).peak_bytes
+    with pytest.raises(unrollc.InputError, match="steady middle"):
+        plan_of(6).for_steps(20)

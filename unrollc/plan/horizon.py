@@ -54,8 +54,12 @@ def extended(pieces: Pieces, steps: int) -> Pieces:
         sequence=stretched(pieces.sequence),
         adjoint_sequence=stretched(pieces.adjoint_sequence),  # type: ignore[arg-type]
         schedule=replace(pieces.schedule, steps=steps, stop=new_stop),
-        forward=_extended_forward(pieces, steps),
+        forward=(forward := _extended_forward(pieces, steps)),
+        no_forward=pieces.no_forward if forward or not pieces.forward else _UNKNOWN,
     )
+
+
+_UNKNOWN = "the captured loop is too short to tell its steady step in forward mode"
 
 
 def _extended_forward(pieces: Pieces, steps: int) -> ForwardMode | None:
@@ -70,13 +74,19 @@ def _extended_forward(pieces: Pieces, steps: int) -> ForwardMode | None:
 
 
 def steady(pieces: Pieces) -> tuple[int, int]:
-    """The longest stretch of steps with equal graphs and adjoints: its first step and its end."""
+    """The longest stretch of steps that equal the last one, and have equal adjoints: its first step
+    and its end; an empty one where there is none.
+
+    Other stretches may be longer, as before an optimizer begins to rectify, but later steps are as
+    the last one.
+    """
     pairs = list(zip(pieces.sequence, pieces.adjoint_sequence, strict=True))
     best = (0, 0)
     start = 0
     for end in range(1, len(pairs) + 1):
         if end == len(pairs) or pairs[end] != pairs[start]:
-            if end - start > best[1] - best[0]:
+            last = pairs[start][0] == pieces.sequence[-1] and start < len(pairs) - 1
+            if last and end - start > best[1] - best[0]:
                 best = (start, end)
             start = end
     return best

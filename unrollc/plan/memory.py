@@ -81,7 +81,9 @@ class MemoryPlan:
         """The plan of the same program for another number of inner steps, without lowering.
 
         The steps after the last distinct one count as equal to it. The budget, if there is one,
-        is kept, so that the schedule may be another.
+        is kept, so that the schedule may be another. What an optimizer does only after more steps
+        than were captured is not foreseen, nor is forward mode, if the captured loop is too short
+        for it.
 
         Args:
             steps: T.

@@ -14,6 +14,7 @@ Problems".)
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Iterable, Mapping
@@ -25,8 +26,9 @@ from torch import Tensor, fx
 
 from unrollc.errors import Source
 from unrollc.plan.cost import NOTHING, Cost, cost_of_node, human_bytes
+from unrollc.plan.liveness import storage_of
 from unrollc.plan.op_rules import EQUALS, Equal, recompute_cost, rule_of
-from unrollc.step import Role, StepGraph, Value, build, placeholder
+from unrollc.step import Role, StepGraph, Value, build, placeholder, tensors_of
 
 _Key = tuple[Any, ...]
 
@@ -221,7 +223,20 @@ def _recomputed(
 def keepable(node: fx.Node, common: Mapping[fx.Node, fx.Node]) -> bool:
     """Whether a value of the adjoint may come from the step."""
     single = isinstance(node.meta["val"], Tensor)
-    return node in common and single and rule_of(node).keep
+    return (
+        node in common
+        and single
+        and rule_of(node).keep
+        and storage_of(common[node].meta["val"]) not in _returned(common[node].graph)
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _returned(graph: fx.Graph) -> frozenset[int]:
+    """Storages of what a step returns, none of which is kept: the last state is the user's, who may
+    write to it before the backward pass."""
+    results = graph.output_node().all_input_nodes
+    return frozenset(storage_of(tensor) for node in results for tensor in tensors_of(node))
 
 
 def _without_cotangent(adjoint: StepGraph) -> list[fx.Node]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
+from unrollc.errors import InputError
 from unrollc.runtime.spill import Spilled, spilled_adapt, spilled_backward
 
 
@@ -78,6 +79,7 @@ class MetaLoop(torch.autograd.Function):
         ctx.device = run.device
         ctx.kept, ctx.cotangents, ctx.totals = run.kept, run.cotangents, run.totals
         ctx.spilled = run.spilled
+        ctx.watched = _watched(run)
         run.forget()
         return loss
 
@@ -85,6 +87,7 @@ class MetaLoop(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         inputs = pytree.tree_unflatten(ctx.saved_tensors, ctx.spec)
+        _check_unchanged(ctx.watched)
         again = torch._C._autograd._get_current_graph_task_keep_graph()
         with torch.autocast(ctx.device, enabled=False):
             gradients = _pulled_back(ctx, inputs, again)
@@ -100,10 +103,17 @@ class MetaLoop(torch.autograd.Function):
 def _pulled_back(ctx: Any, inputs: Mapping[str, Any], again: bool) -> dict[str, Any]:
     """Meta-gradients by label; what only a backward pass needs goes, unless another follows."""
     if ctx.spilled is not None:
-        spilled = ctx.spilled
+        found = spilled_backward(ctx.spilled, inputs, again=again)
         if not again:
-            ctx.spilled = None
-        return spilled_backward(spilled, inputs, again=again)
+            ctx.spilled, ctx.kept = None, None
+        return found
+    if ctx.kept is None:
+        raise InputError(
+            "the states of this run are gone",
+            why="a backward pass without retain_graph=True has used them, or was cut off by an "
+            "exception",
+            remedy="call the program again",
+        )
     if again:
         kept, cotangents = {j: list(s) for j, s in ctx.kept.items()}, list(ctx.cotangents)
         handed = kept, cotangents, pytree.tree_map(_copied, ctx.totals)
@@ -112,6 +122,30 @@ def _pulled_back(ctx: Any, inputs: Mapping[str, Any], again: bool) -> dict[str, 
         ctx.kept = ctx.cotangents = ctx.totals = None
     gradients: dict[str, Any] = ctx.module.backward(inputs, ctx.seed, *handed)
     return gradients
+
+
+def _watched(run: Run) -> list[tuple[Tensor, int]]:
+    """What the result shows of the tensors that the backward pass reads, with their versions."""
+    needed = (run.kept, run.cotangents, run.totals)
+    memory = {t.untyped_storage()._cdata for t in pytree.tree_leaves(needed) if _is_tensor(t)}
+    return [(t, t._version) for t in run.state if t.untyped_storage()._cdata in memory]
+
+
+def _check_unchanged(watched: list[tuple[Tensor, int]]) -> None:
+    """As autograd does for tensors that it has saved."""
+    for tensor, version in watched:
+        if tensor._version != version:
+            raise InputError(
+                f"a tensor of the result (shape {list(tensor.shape)}) was changed in place before "
+                "the backward pass",
+                why="the backward pass reads it: no inner step has changed it, or the validation "
+                "loss has it as its gradient",
+                remedy="call backward() first, or change a clone",
+            )
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
 
 
 def _copied(value: Any) -> Any:

@@ -122,9 +122,10 @@ def read_options(
 
 
 def _read_spill(spill: Any, progress: Any) -> tuple[pathlib.Path | None, Progress | None]:
-    if spill is not None and not isinstance(spill, str | os.PathLike):
+    if spill is not None and (not isinstance(spill, str | os.PathLike) or not os.fspath(spill)):
+        what = "empty" if spill == "" else type(spill).__name__
         raise InputError(
-            f"spill is {type(spill).__name__}, not a directory",
+            f"spill is {what}, not a directory",
             remedy='pass the path of a directory, e.g. spill="states"',
         )
     if progress is not None and not callable(progress):

@@ -21,6 +21,10 @@ from unrollc.requirements.judge import MetaParameter
 from unrollc.runtime.options import Options
 from unrollc.step import STARTS, STATE_ROLES, Role, StepGraph
 
+#: In shorter loops little is kept for the backward pass, and making the tangents takes longer than
+#: they would save; a budget asks for them in any loop.
+SHORTEST_LOOP = 32
+
 #: More elements of meta-parameters than this are not few: each costs more than a step.
 MOST_DIRECTIONS = 8
 
@@ -41,13 +45,14 @@ def forward_mode(
         per_step: Labels of inputs with one entry a step.
         options: The user's options.
     """
+    steps = len(loop.sequence)
     start = next((m.label for m in meta if m.role in STARTS), None)
     if start is not None:
         return f"{start}, where the loop starts, is a meta-parameter"
     stepwise = next((m.label for m in meta if m.label in per_step), None)
     if stepwise is not None:
         return f"{stepwise} has one value a step, hence a direction a step"
-    if options.steps_back(len(loop.sequence)) < len(loop.sequence):
+    if options.steps_back(steps) < steps:
         return "the gradient is truncated, which bounds what is kept"
     shapes = {
         (value.role, value.label): node.meta["val"].shape
@@ -59,6 +64,8 @@ def forward_mode(
         return "no meta-parameter moves the inner loop"
     if len(directions) > MOST_DIRECTIONS:
         return f"the meta-parameters have {len(directions)} elements, which are not few"
+    if options.memory is None and steps < SHORTEST_LOOP:
+        return f"tried from {SHORTEST_LOOP} steps on, or under a budget"
     for step in loop.steps:
         if (reason := tangent_obstacle(step)) is not None:
             return reason
