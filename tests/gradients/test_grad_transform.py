@@ -183,7 +183,8 @@ def test_a_buffer_that_the_forward_pass_changes_may_be_read() -> None:
 
     finite.assert_gradient(loss, weight, gradient, step=1e-3)
     reasons = {adjoint.reason for adjoint in program.lower(train, val).pieces.adjoints}
-    assert "the update reads a buffer that the forward pass has changed" in reasons
+    reason = "the update reads a buffer that the forward pass has changed"
+    assert any(each.startswith(reason) for each in reasons)
 
 
 def test_tensors_behind_a_transform_are_meta_parameters() -> None:
