@@ -117,7 +117,8 @@ def test_a_captured_step_is_the_ordinary_one() -> None:
         results = found.first.module(*given)
     loss = F.cross_entropy(model(inputs[0]), target[0])
     gradients = torch.autograd.grad(loss, list(theta.values()))
-    by_key = {(v.role, v.label, v.of): r for v, r in zip(found.first.outputs, results, strict=True)}
+    pairs = zip(found.first.outputs, results, strict=True)
+    by_key = {(v.role, v.label, v.of): r for v, r in pairs}
     torch.testing.assert_close(by_key[Role.LOSS, "loss", None], loss.detach(), rtol=1e-14, atol=0)
     for name, gradient in zip(theta, gradients, strict=True):
         expected = theta[name].detach() - 0.1 * gradient
