@@ -154,7 +154,7 @@ def test_slabs_are_close_to_what_lives_at_once() -> None:
 
 
 def test_later_steps_are_as_the_last_ones() -> None:
-    """RAdam rectifies from its sixth step on: its later steps hold more than most that are known."""
+    """RAdam rectifies from its sixth step on: its later steps hold more than most known ones."""
 
     def plan_of(steps: int) -> Any:
         torch.manual_seed(0)
