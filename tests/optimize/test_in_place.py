@@ -16,7 +16,6 @@ from unrollc.codegen.names import alias_of
 from unrollc.optimize.in_place import OUT_VARIANTS, called_op, out_name, write_in_place
 from unrollc.optimize.simplify import simplify
 from unrollc.plan.liveness import frame_of
-from unrollc.runtime import lowering
 from unrollc.step import Role, StepGraph, iterate_calls
 
 aten = torch.ops.aten
@@ -247,7 +246,7 @@ def test_meta_gradients_with_every_write_in_place(
         placed.extend(node for node in iterate_calls(made) if "into" in node.meta)
         return made
 
-    monkeypatch.setattr(lowering, "write_in_place", every_write)
+    monkeypatch.setattr("unrollc.plan.pieces.write_in_place", every_write)
     case = cases.build(model, optimizer, 3)
     result = compiled(case)(case.train, case.val)
     assert len(placed) > 20

@@ -39,7 +39,7 @@ def momentum(params: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(params, lr=0.1, momentum=0.5)
 
 
-OPTIMIZERS = {"adam": torch.optim.Adam, "nadam": torch.optim.NAdam, "rms": rms, "sgd": momentum}
+OPTIMIZERS = {"adam": torch.optim.Adam, "rms": rms, "sgd": momentum}
 
 
 class Setting:
@@ -78,7 +78,7 @@ def spoiled(result: Any) -> None:
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_result_that_is_changed_changes_no_gradient(name: str, budget: str) -> None:
     average = torch.optim.swa_utils.AveragedModel
-    for averaged in (False, True):
+    for averaged in (False, True) if name == "sgd" else (False,):
         setting = Setting(OPTIMIZERS[name], budget)
         if averaged:
             setting = Setting(OPTIMIZERS[name], budget, average=average(setting.model))

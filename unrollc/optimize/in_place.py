@@ -65,10 +65,12 @@ def write_in_place(step: StepGraph, worth: int = _WORTH) -> StepGraph:
         step: The graph; it is left as it is.
         worth: Smallest size in bytes of a result that is written in place.
     """
+    if not any(_qualifies(node, worth) for node in iterate_calls(step)):
+        return step
     result = copy(step)
     memory = _Memory(result)
     for position, node in enumerate(iterate_calls(result)):
-        if node.target not in OUT_VARIANTS or _bytes(node.meta["val"]) < worth:
+        if not _qualifies(node, worth):
             continue
         for index, operand in enumerate(node.args):
             if isinstance(operand, fx.Node) and memory.may_overwrite(node, operand, position):
@@ -81,6 +83,10 @@ def write_in_place(step: StepGraph, worth: int = _WORTH) -> StepGraph:
         else:
             refresh_view(node)
     return result
+
+
+def _qualifies(node: fx.Node, worth: int) -> bool:
+    return node.target in OUT_VARIANTS and _bytes(node.meta["val"]) >= worth
 
 
 def called_op(node: fx.Node) -> Any:

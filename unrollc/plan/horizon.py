@@ -78,15 +78,17 @@ def steady(pieces: Pieces) -> tuple[int, int]:
     and its end; an empty one where there is none.
 
     Other stretches may be longer, as before an optimizer begins to rectify, but later steps are as
-    the last one.
+    the last one. In forward mode the last step has no use for all tangents and is another: there
+    the last stretch of several steps counts.
     """
     pairs = list(zip(pieces.sequence, pieces.adjoint_sequence, strict=True))
-    best = (0, 0)
+    best, last = (0, 0), pieces.sequence[-1]
     start = 0
     for end in range(1, len(pairs) + 1):
         if end == len(pairs) or pairs[end] != pairs[start]:
-            last = pairs[start][0] == pieces.sequence[-1] and start < len(pairs) - 1
-            if last and end - start > best[1] - best[0]:
+            several = end - start > 1 if pieces.directions else pairs[start][0] == last
+            longer = pieces.directions or end - start > best[1] - best[0]
+            if several and longer and start < len(pairs) - 1:
                 best = (start, end)
             start = end
     return best

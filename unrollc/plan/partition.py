@@ -14,7 +14,6 @@ Problems".)
 
 from __future__ import annotations
 
-import functools
 import math
 import operator
 from collections.abc import Iterable, Mapping
@@ -83,7 +82,9 @@ class Partition:
         return "\n".join(lines)
 
 
-def partition(step: StepGraph, adjoint: StepGraph, price: float) -> Partition:
+def partition(
+    step: StepGraph, adjoint: StepGraph, price: float, *, spare_results: bool = False
+) -> Partition:
     """Choose what is kept between a step and its adjoint.
 
     Args:
@@ -91,6 +92,8 @@ def partition(step: StepGraph, adjoint: StepGraph, price: float) -> Partition:
         adjoint: Of this step, reading its inputs and cotangents; simplified.
         price: What one kept byte costs, in operations (`Cost.weight`). ``math.inf`` keeps nothing,
             0 keeps all that the adjoint's own ops read, views and fills excepted.
+        spare_results: Whether what the step returns is left alone: the last state is the user's,
+            who may write to it before the backward pass.
     """
     assert price >= 0, f"the price of a byte is {price}"
     overwritten = [
@@ -98,7 +101,8 @@ def partition(step: StepGraph, adjoint: StepGraph, price: float) -> Partition:
     ]
     assert not overwritten, f"kept values could be overwritten: {overwritten}"
     common = shared(step, adjoint)
-    keep, again = _needed(common, adjoint, _recomputed(common, adjoint, price))
+    barred = _returned(step) if spare_results else frozenset()
+    keep, again = _needed(common, adjoint, _recomputed(common, adjoint, price, barred), barred)
     repeated = sum((cost_of_node(node) for node in _repeated(again, common)), NOTHING)
     if not keep:
         return Partition(step, adjoint, (), repeated, price)
@@ -187,7 +191,7 @@ def _equal(source: fx.Node, index: int) -> Equal | None:
 
 
 def _recomputed(
-    common: Mapping[fx.Node, fx.Node], adjoint: StepGraph, price: float
+    common: Mapping[fx.Node, fx.Node], adjoint: StepGraph, price: float, barred: frozenset[int]
 ) -> set[fx.Node]:
     """The ops of the adjoint that the minimum cut recomputes, should they be needed.
 
@@ -203,7 +207,10 @@ def _recomputed(
     source, sink = -2, -1
     flow.add_nodes_from((source, sink))
     number = {node: 2 * index for index, node in enumerate(inner)}
-    again = {node: first + 1 if keepable(node, common) else first for node, first in number.items()}
+    again = {
+        node: first + 1 if keepable(node, common, barred) else first
+        for node, first in number.items()
+    }
     for node in inner:
         if again[node] != number[node]:
             capacity = round(price * kept_bytes(common[node]))
@@ -220,22 +227,22 @@ def _recomputed(
     return {node for node in inner if again[node] in chosen}
 
 
-def keepable(node: fx.Node, common: Mapping[fx.Node, fx.Node]) -> bool:
-    """Whether a value of the adjoint may come from the step."""
+def keepable(
+    node: fx.Node, common: Mapping[fx.Node, fx.Node], barred: frozenset[int] = frozenset()
+) -> bool:
+    """Whether a value of the adjoint may come from the step, some of whose storages are barred."""
     single = isinstance(node.meta["val"], Tensor)
     return (
         node in common
         and single
         and rule_of(node).keep
-        and storage_of(common[node].meta["val"]) not in _returned(common[node].graph)
+        and storage_of(common[node].meta["val"]) not in barred
     )
 
 
-@functools.lru_cache(maxsize=16)
-def _returned(graph: fx.Graph) -> frozenset[int]:
-    """Storages of what a step returns, none of which is kept: the last state is the user's, who may
-    write to it before the backward pass."""
-    results = graph.output_node().all_input_nodes
+def _returned(step: StepGraph) -> frozenset[int]:
+    """Storages of what a step returns."""
+    results = [node for node in step.results if node is not None]
     return frozenset(storage_of(tensor) for node in results for tensor in tensors_of(node))
 
 
@@ -260,7 +267,10 @@ def _roots(adjoint: StepGraph, inner: Iterable[fx.Node]) -> list[fx.Node]:
 
 
 def _needed(
-    common: Mapping[fx.Node, fx.Node], adjoint: StepGraph, recomputed: set[fx.Node]
+    common: Mapping[fx.Node, fx.Node],
+    adjoint: StepGraph,
+    recomputed: set[fx.Node],
+    barred: frozenset[int],
 ) -> tuple[list[fx.Node], list[fx.Node]]:
     """What is kept and what is recomputed, in order of the adjoint, of what its rest leads to."""
     inner = _without_cotangent(adjoint)
@@ -275,7 +285,7 @@ def _needed(
                 stack.extend(inside.intersection(node.all_input_nodes))
     keep = [node for node in inner if node in reached and node not in recomputed]
     again = [node for node in inner if node in reached and node in recomputed]
-    assert all(keepable(node, common) for node in keep), keep
+    assert all(keepable(node, common, barred) for node in keep), keep
     return keep, again
 
 

@@ -30,7 +30,8 @@ def recording(pieces: Pieces, price: float) -> Pieces:
             if adjoint is None:
                 steps.append(pieces.steps[step])
             else:
-                parts = partition(pieces.steps[step], pieces.adjoints[adjoint].graph, price)
+                graph = pieces.adjoints[adjoint].graph
+                parts = partition(pieces.steps[step], graph, price, spare_results=True)
                 steps.append(parts.step)
                 adjoints.append(_told(pieces.adjoints[adjoint], parts))
         order.append(known[pair])
