@@ -8,7 +8,7 @@ over die inside it, value by value.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import fx
@@ -26,6 +26,7 @@ from unrollc.plan.actions import (
     Spill,
     Validate,
 )
+from unrollc.plan.ledger import Held, Ledger, Storage
 from unrollc.plan.liveness import Frame, Owned, draws_noise, frame_of, storage_bytes
 from unrollc.plan.pieces import Pieces
 from unrollc.step import CARRIED, STATE_ROLES, Role, StepGraph
@@ -109,47 +110,6 @@ def simulate(pieces: Pieces, steps: int | None = None) -> Simulation:
     return Simulation(tuple(run.timeline), run.peaks())
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Storage:
-    """Memory that the run allocated, by what it holds."""
-
-    bytes: int
-    what: str
-
-
-#: What stands for a tensor in lists; None is one of the user's.
-_Held = _Storage | None
-
-
-class _Ledger:
-    """Counts how often each storage is held."""
-
-    def __init__(self) -> None:
-        self.total = 0
-        self.counts: Counter[_Storage] = Counter()
-        self.by_kind: Counter[str] = Counter()
-
-    def hold(self, storages: Iterable[_Held]) -> None:
-        for storage in storages:
-            if storage is not None:
-                count = self.counts.get(storage, 0)
-                self.counts[storage] = count + 1
-                if not count:
-                    self.total += storage.bytes
-                    self.by_kind[storage.what] += storage.bytes
-
-    def release(self, storages: Iterable[_Held]) -> None:
-        for storage in storages:
-            if storage is not None:
-                count = self.counts[storage] - 1
-                if count:
-                    self.counts[storage] = count
-                else:
-                    del self.counts[storage]
-                    self.total -= storage.bytes
-                    self.by_kind[storage.what] -= storage.bytes
-
-
 #: Roles of values that reports call by several.
 _PLURAL = (Role.COTANGENT, Role.TANGENT)
 
@@ -209,18 +169,18 @@ class _Run:
         self.steps = steps
         self.signatures: dict[int, _Signature] = {}
         self.timeline: list[Moment] = []
-        self.held = _Ledger()
-        self.waiting = _Ledger()
+        self.held = Ledger()
+        self.waiting = Ledger()
         self.worst: dict[str, _Worst] = {}
         first = pieces.steps[pieces.sequence[0]]
-        self.state: list[_Held] = [None] * len(first.inputs_with(*STATE_ROLES))
-        self.kept: dict[int, list[_Held]] = {}
-        self.cotangents: list[_Held] = []
-        self.totals: dict[str, list[_Held]] = {}
+        self.state: list[Held] = [None] * len(first.inputs_with(*STATE_ROLES))
+        self.kept: dict[int, list[Held]] = {}
+        self.cotangents: list[Held] = []
+        self.totals: dict[str, list[Held]] = {}
         ((_, loss),) = first.outputs_with(Role.LOSS)
         assert loss is not None
         size = steps * loss.meta["val"].element_size()
-        self.held.hold([_Storage(size, "inner losses")])
+        self.held.hold([Storage(size, "inner losses")])
 
     def execute(self, action: Action) -> None:
         match action:
@@ -259,23 +219,23 @@ class _Run:
             case _:
                 raise AssertionError(f"the memory plan does not know {action}")
 
-    def _keep(self, number: int, state: list[_Held]) -> None:
+    def _keep(self, number: int, state: list[Held]) -> None:
         self.kept[number] = list(state)
         self.held.hold(state)
         self.waiting.hold(state)
 
-    def _fetched(self, number: int) -> list[_Held]:
+    def _fetched(self, number: int) -> list[Held]:
         """A state as it comes from the disk; state 0 is the user's own."""
         taken = self.pieces.steps[self.pieces.sequence[number]].inputs_with(*STATE_ROLES)
         if number == 0:
             return [None] * len(taken)
-        fresh: list[_Held] = [
-            _Storage(storage_bytes(node.meta["val"]), value.role.value) for value, node in taken
+        fresh: list[Held] = [
+            Storage(storage_bytes(node.meta["val"]), value.role.value) for value, node in taken
         ]
         self.held.hold(fresh)
         return fresh
 
-    def _replace_state(self, state: list[_Held]) -> None:
+    def _replace_state(self, state: list[Held]) -> None:
         self.held.hold(state)
         self.held.release(self.state)
         self.state = state
@@ -284,7 +244,7 @@ class _Run:
         pieces = self.pieces
         graph = pieces.val_gradient or pieces.val
         for label in pieces.totalled:
-            self.totals[label] = [_Storage(pieces.bytes_of(label, self.steps), "meta-gradients")]
+            self.totals[label] = [Storage(pieces.bytes_of(label, self.steps), "meta-gradients")]
             self.held.hold(self.totals[label])
         pairs = list(zip(pieces.carried, self.state, strict=True))
         read = [storage for value, storage in pairs if value.role in pieces.validated_roles]
@@ -301,8 +261,8 @@ class _Run:
             self.held.release(self.cotangents)
             self.cotangents = []
 
-    def _collect(self, graph: StepGraph, results: Sequence[_Held]) -> None:
-        cotangents: list[_Held] = []
+    def _collect(self, graph: StepGraph, results: Sequence[Held]) -> None:
+        cotangents: list[Held] = []
         for (value, node), storage in zip(self._signature(graph).outputs, results, strict=True):
             if node is None or value.role is not Role.COTANGENT:
                 continue
@@ -319,7 +279,7 @@ class _Run:
         """What the autograd bridge does with the meta-gradients: it scales them one by one."""
         for label in self.pieces.wanted:
             size = self.pieces.bytes_of(label, self.steps)
-            scaled = [_Storage(size, "meta-gradients")]
+            scaled = [Storage(size, "meta-gradients")]
             self.held.hold(scaled)
             self._note(f"scale the gradient of {label}", size)
             self.held.release(self.totals.pop(label, []))
@@ -328,13 +288,13 @@ class _Run:
         self,
         name: str,
         graph: StepGraph,
-        state: Sequence[_Held],
-        cotangents: Sequence[_Held] = (),
-    ) -> list[_Held]:
+        state: Sequence[Held],
+        cotangents: Sequence[Held] = (),
+    ) -> list[Held]:
         signature = self._signature(graph)
-        noise: list[_Held] = [_Storage(size, "noise") for size in signature.noise]
+        noise: list[Held] = [Storage(size, "noise") for size in signature.noise]
         self.held.hold(noise)
-        given: dict[str, _Held] = {}
+        given: dict[str, Held] = {}
         for names, storages in zip(signature.names, (state, cotangents, noise), strict=True):
             given.update(zip(names, storages, strict=True))
         passed = Counter(storage for storage in given.values() if storage is not None)
@@ -359,13 +319,13 @@ class _Run:
             self.signatures[id(graph)] = _Signature(graph)
         return self.signatures[id(graph)]
 
-    def _results(self, graph: StepGraph, frame: Frame, given: Mapping[str, _Held]) -> list[_Held]:
-        fresh: dict[int, _Storage] = {}
-        results: list[_Held] = []
+    def _results(self, graph: StepGraph, frame: Frame, given: Mapping[str, Held]) -> list[Held]:
+        fresh: dict[int, Storage] = {}
+        results: list[Held] = []
         for kind, result in zip(self._signature(graph).kinds, frame.results, strict=True):
             if isinstance(result, int):
                 if result not in fresh:
-                    fresh[result] = _Storage(frame.sizes[result], kind)
+                    fresh[result] = Storage(frame.sizes[result], kind)
                 results.append(fresh[result])
             else:
                 results.append(None if result is None else given.get(result))
@@ -406,6 +366,6 @@ def _composition(worst: _Worst) -> tuple[Part, ...]:
     return tuple(sorted(found, key=lambda part: (-part.bytes, part.what, str(part.where))))
 
 
-def _of(graph: StepGraph, results: Sequence[_Held], *roles: Role) -> list[_Held]:
+def _of(graph: StepGraph, results: Sequence[Held], *roles: Role) -> list[Held]:
     pairs = zip(graph.outputs, results, strict=True)
     return [storage for value, storage in pairs if value.role in roles]
