@@ -1,6 +1,7 @@
 """unrollc: exact meta-gradients through unrolled training, compiled."""
 
 from unrollc.api import (
+    BatchedResult,
     BudgetError,
     CaptureError,
     FirstOrder,
@@ -25,6 +26,7 @@ from unrollc.api import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "BatchedResult",
     "BudgetError",
     "CaptureError",
     "FirstOrder",

@@ -29,10 +29,11 @@ from unrollc.requirements.verdict import Requirements
 from unrollc.runtime.lowering import Lowered
 from unrollc.runtime.options import FirstOrder, Gradient, Truncated, read_options
 from unrollc.runtime.program import Program
-from unrollc.runtime.result import Result
+from unrollc.runtime.result import BatchedResult, Result
 from unrollc.runtime.spill import Progress
 
 __all__ = [
+    "BatchedResult",
     "BudgetError",
     "CaptureError",
     "FirstOrder",

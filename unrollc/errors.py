@@ -84,7 +84,13 @@ class RequirementError(UnrollcError):
 
 
 class BudgetError(UnrollcError, MemoryError):
-    """No schedule of the program fits into the memory budget."""
+    """No schedule of the program fits into the memory budget.
+
+    Attributes:
+        smallest: Bytes of the smallest budget that works.
+    """
+
+    smallest = 0
 
 
 class NotYetError(UnrollcError, NotImplementedError):

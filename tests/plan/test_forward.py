@@ -19,7 +19,7 @@ from unrollc.errors import BudgetError
 from unrollc.plan import choice
 from unrollc.plan.cost import Cost
 from unrollc.plan.forward import in_forward_mode
-from unrollc.plan.pieces import Pieces, in_place
+from unrollc.plan.pieces import Pieces, ready_to_run
 from unrollc.plan.predict import predict
 from unrollc.plan.schedule import Schedule
 
@@ -161,8 +161,10 @@ def test_a_budget_that_one_form_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
     """A wide model: binomial checkpointing holds a state and an adjoint, forward mode tangents."""
     prefer(monkeypatch, forward=False)
     pieces = pieces_of(Setting(hidden=512))
-    peak = predict(in_place(in_forward_mode(pieces))).moment.bytes
-    least = predict(replace(in_place(pieces), schedule=Schedule(T, slots=0))).moment.bytes
+    peak = predict(ready_to_run(in_forward_mode(pieces), lean=True)).moment.bytes
+    least = predict(
+        replace(ready_to_run(pieces, lean=True), schedule=Schedule(T, slots=0))
+    ).moment.bytes
     lower, higher = sorted([peak, least])
     chosen, reason = choice.choose(pieces, higher - 1)
     if peak < least:

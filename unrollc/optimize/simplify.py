@@ -1,6 +1,7 @@
 """Passes that remove what a graph does not need. Each is ``before --> after``, values unchanged.
 
-`simplify` applies them to a copy until nothing changes and verifies the graph after each.
+`simplify` applies them to a copy until nothing changes and verifies the graph after each. Only
+`share_scaled_products` rounds in another order.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from unrollc.optimize.scaled_products import share_scaled_products
 from unrollc.step import ATTACH, DERIVED, StepGraph, copy, tensors_of, verify
 
 aten = torch.ops.aten
@@ -232,6 +234,7 @@ PASSES: tuple[Pass, ...] = (
     remove_identities,
     propagate_zeros,
     merge_common,
+    share_scaled_products,
     remove_dead,
 )
 

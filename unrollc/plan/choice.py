@@ -16,7 +16,7 @@ import torch
 from unrollc.errors import BudgetError
 from unrollc.plan.cost import human_bytes
 from unrollc.plan.forward import in_forward_mode
-from unrollc.plan.pieces import Pieces, in_place
+from unrollc.plan.pieces import Pieces, ready_to_run
 from unrollc.plan.predict import predict
 from unrollc.plan.recording import recording
 from unrollc.plan.schedule import Schedule
@@ -43,15 +43,15 @@ def choose(pieces: Pieces, budget: int | None, *, spill: bool = False) -> tuple[
         BudgetError: If none fits; it names the smallest budget that would do.
     """
     if spill:
-        pieces = in_place(pieces)
+        pieces = _ready(pieces, budget)
         schedule = choose_segments(pieces, budget)
         why = "states are spilled" if pieces.forward else pieces.no_forward
         return replace(pieces, schedule=schedule, forward=None, no_forward=why), _not_taken(why)
     if pieces.forward is None:
         return _with_schedule(pieces, budget), _not_taken(pieces.no_forward)
-    forward = in_place(in_forward_mode(pieces))
+    forward = _ready(in_forward_mode(pieces), budget)
     peak = _peak(forward, forward.schedule)
-    if budget is not None and (least := _smallest(plain := in_place(pieces))) > budget:
+    if budget is not None and (least := _smallest(plain := _ready(pieces, budget))) > budget:
         if peak <= budget:
             return forward, "taken: no schedule of a backward pass fits into the budget"
         leanest = forward if peak < least else plain
@@ -66,13 +66,17 @@ def choose(pieces: Pieces, budget: int | None, *, spill: bool = False) -> tuple[
     return replace(reverse, no_forward=why), _not_taken(why)
 
 
+def _ready(pieces: Pieces, budget: int | None) -> Pieces:
+    return ready_to_run(pieces, lean=budget is not None)
+
+
 def _not_taken(why: str) -> str:
     return f"not taken: {why}" if why else ""
 
 
 def _with_schedule(pieces: Pieces, budget: int | None) -> Pieces:
     """The program under the cheapest schedule that fits, with residuals where there is room."""
-    found = in_place(pieces)
+    found = _ready(pieces, budget)
     if budget is None:
         limit = _device_memory(pieces) // 2
     else:
@@ -81,7 +85,7 @@ def _with_schedule(pieces: Pieces, budget: int | None) -> Pieces:
     if not pieces.differentiates or found.schedule.slots is not None:
         return found
     for price in _PRICES:
-        recorded = in_place(recording(pieces, price))
+        recorded = _ready(recording(pieces, price), budget)
         if predict(recorded).moment.bytes <= limit:
             return min(found, recorded, key=lambda each: total_cost(each).weight)
     return found
@@ -180,7 +184,7 @@ def _too_small(pieces: Pieces, leanest: Schedule, budget: int) -> BudgetError:
     needed = found.moment.bytes
     largest = found.composition[0]
     where = f" ({largest.where.short})" if largest.where is not None else ""
-    return BudgetError(
+    error = BudgetError(
         f"the program does not fit into memory={human_bytes(budget)}: the smallest budget that "
         f"works is {needed} bytes ({human_bytes(needed)})",
         where=largest.where,
@@ -188,3 +192,5 @@ def _too_small(pieces: Pieces, leanest: Schedule, budget: int) -> BudgetError:
         f"{human_bytes(largest.bytes)}",
         remedy=f"pass memory={needed} or more, or make batches or the model smaller",
     )
+    error.smallest = needed
+    return error

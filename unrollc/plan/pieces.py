@@ -10,6 +10,7 @@ import torch
 from unrollc.differentiate.adjoint import StepAdjoint
 from unrollc.differentiate.tangent import Direction
 from unrollc.optimize.in_place import write_in_place
+from unrollc.plan.order import in_lean_order
 from unrollc.plan.schedule import Schedule
 from unrollc.step import CARRIED, STATE_ROLES, Role, StepGraph, Value
 
@@ -128,13 +129,23 @@ class Pieces:
         return self._sizes[label] * (steps if label in self.per_step else 1)
 
 
-def in_place(pieces: Pieces) -> Pieces:
-    """The graphs with their elementwise ops in place: nothing may keep more values from here on."""
-    adjoints = [replace(each, graph=write_in_place(each.graph)) for each in pieces.adjoints]
+def ready_to_run(pieces: Pieces, *, lean: bool) -> Pieces:
+    """The graphs as they will run: nothing may keep more values from here on.
+
+    Elementwise ops write in place.
+
+    Args:
+        pieces: The program.
+        lean: Whether ops are put in an order that holds less; the given order reads better.
+    """
+
+    def settled(graph: StepGraph) -> StepGraph:
+        return write_in_place(in_lean_order(graph) if lean else graph)
+
     return replace(
         pieces,
-        steps=tuple(write_in_place(step) for step in pieces.steps),
-        adjoints=tuple(adjoints),
-        val=write_in_place(pieces.val),
-        val_gradient=pieces.val_gradient and write_in_place(pieces.val_gradient),
+        steps=tuple(settled(step) for step in pieces.steps),
+        adjoints=tuple(replace(each, graph=settled(each.graph)) for each in pieces.adjoints),
+        val=settled(pieces.val),
+        val_gradient=pieces.val_gradient and settled(pieces.val_gradient),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -33,11 +34,13 @@ class Differentiated:
         adjoints: The distinct adjoints of the steps.
         order: For each step an index into `adjoints`, or None where the backward pass does not
             go.
+        mixed_spurned: Whether mixed mode was possible and reverse mode preferred.
     """
 
     val_gradient: StepGraph
     adjoints: tuple[StepAdjoint, ...]
     order: tuple[int | None, ...]
+    mixed_spurned: bool = False
 
 
 def differentiated(
@@ -47,6 +50,7 @@ def differentiated(
     options: Options,
     *,
     final: bool = True,
+    favour_mixed: bool = False,
 ) -> Differentiated:
     """The graphs of the backward pass.
 
@@ -56,15 +60,17 @@ def differentiated(
         meta: The meta-parameters whose gradient is computed.
         options: The user's options.
         final: Whether the graphs will run, so that the better mode is worth looking for.
+        favour_mixed: Whether mixed mode is taken wherever it is possible.
     """
     wanted = frozenset(m.key for m in meta if m.role not in STARTS)
     starts = frozenset(m.key for m in meta if m.role in STARTS)
     steps = len(loop.sequence)
     stop = steps - options.steps_back(steps)
     val_gradient = simplify(loss_gradient(val, wanted))
-    make = _Chooser(loop, wanted, options).adjoint if final else _in_reverse(loop, wanted, options)
+    chooser = _Chooser(loop, wanted, options, favour_mixed)
+    make = chooser.adjoint if final else _in_reverse(loop, wanted, options)
     adjoints, order = _adjoints(loop, val_gradient, wanted, starts, stop, make)
-    return Differentiated(val_gradient, tuple(adjoints), tuple(order))
+    return Differentiated(val_gradient, tuple(adjoints), tuple(order), chooser.mixed_spurned)
 
 
 def _adjoints(
@@ -136,8 +142,12 @@ class _Chooser:
     The two modes are compared once; steps differ in their update, hardly in their products.
     """
 
-    def __init__(self, loop: Loop, wanted: frozenset[Key], options: Options) -> None:
+    def __init__(
+        self, loop: Loop, wanted: frozenset[Key], options: Options, favour_mixed: bool
+    ) -> None:
         self._loop, self._wanted, self._options = loop, wanted, options
+        self._limit = math.inf if favour_mixed else _CLEARLY_CHEAPER
+        self.mixed_spurned = False
         self._reasons: dict[int, str | None] = {}
         self._made: dict[tuple[int, frozenset[Key]], StepAdjoint] = {}
         self._preferred: tuple[str, str] | None = None
@@ -171,7 +181,8 @@ class _Chooser:
         reverse = replace(reverse, graph=simplify(reverse.graph))
         if mixed is None:
             return reverse
-        chosen = _cheaper(mixed, reverse)
+        chosen = _cheaper(mixed, reverse, self._limit)
+        self.mixed_spurned |= chosen is not mixed
         self._preferred = (chosen.mode, chosen.reason)
         return chosen
 
@@ -185,12 +196,13 @@ class _Chooser:
 _CLEARLY_CHEAPER = 0.9
 
 
-def _cheaper(mixed: StepAdjoint, reverse: StepAdjoint) -> StepAdjoint:
+def _cheaper(mixed: StepAdjoint, reverse: StepAdjoint, limit: float) -> StepAdjoint:
+    """The adjoint in mixed mode, if it costs at most `limit` times what reverse mode does."""
     first, second = cost_of(mixed.graph).weight, cost_of(reverse.graph).weight
     if second == 0:  # a linear loss: nothing is computed
         return reverse
     ratio = first / second
-    if ratio <= _CLEARLY_CHEAPER:
+    if ratio <= limit:
         return replace(mixed, reason=f"{mixed.reason}; predicted cost {ratio:.2f} of reverse mode")
     return replace(
         reverse, reason=f"symmetry is proved, but mixed mode costs {ratio:.2f} times as much"

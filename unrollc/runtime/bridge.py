@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -40,6 +40,11 @@ class Run:
     kept: dict[int, Any] = field(default_factory=dict)
     cotangents: list[Tensor] = field(default_factory=list)
     totals: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def meta(self) -> list[Tensor]:
+        """The meta-parameters' tensors: for each wanted label one, or one an inner step."""
+        return [t for label in self.wanted for t in pytree.tree_leaves(self.inputs[label])]
 
     def adapt(self) -> Tensor:
         with torch.autocast(self.device, enabled=False):
@@ -90,18 +95,29 @@ class MetaLoop(torch.autograd.Function):
         _check_unchanged(ctx.watched)
         again = torch._C._autograd._get_current_graph_task_keep_graph()
         with torch.autocast(ctx.device, enabled=False):
-            gradients = _pulled_back(ctx, inputs, again)
-        flat: list[Tensor | None] = [None]
-        for label in ctx.wanted:
-            value = gradients.pop(label, None)
-            count = len(inputs[label]) if isinstance(inputs[label], list) else None
-            values = [value] if count is None else (value or [None] * count)
-            flat += [None if v is None else v * cotangent.to(v.dtype) for v in values]
-        return tuple(flat)
+            found = pulled_back(ctx, inputs, again)
+        scaled = (None if each is None else each * cotangent.to(each.dtype) for each in found)
+        return (None, *scaled)
 
 
-def _pulled_back(ctx: Any, inputs: Mapping[str, Any], again: bool) -> dict[str, Any]:
-    """Meta-gradients by label; what only a backward pass needs goes, unless another follows."""
+def pulled_back(ctx: Any, inputs: Mapping[str, Any], again: bool) -> Iterator[Tensor | None]:
+    """The meta-gradients, in the order of `Run.meta`; None where nothing flows.
+
+    What only a backward pass needs goes, unless another follows.
+
+    Args:
+        ctx: Has the fields of a `Run` that a backward pass needs.
+        inputs: The run's inputs.
+        again: Whether another backward pass may follow.
+    """
+    gradients = _gradients(ctx, inputs, again)
+    for label in ctx.wanted:
+        value = gradients.pop(label, None)
+        count = len(inputs[label]) if isinstance(inputs[label], list) else None
+        yield from [value] if count is None else (value or [None] * count)
+
+
+def _gradients(ctx: Any, inputs: Mapping[str, Any], again: bool) -> dict[str, Any]:
     if ctx.spilled is not None:
         found = spilled_backward(ctx.spilled, inputs, again=again)
         if not again:

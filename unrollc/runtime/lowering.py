@@ -17,7 +17,7 @@ from unrollc.capture.naming import Names
 from unrollc.capture.problem import PerStep, Problem, Stock
 from unrollc.capture.validation import capture_val
 from unrollc.codegen.module import GeneratedCode, generate
-from unrollc.errors import InputError
+from unrollc.errors import BudgetError, InputError
 from unrollc.optimize.simplify import simplify
 from unrollc.plan.memory import MemoryPlan, plan_program
 from unrollc.plan.pieces import ForwardMode, Pieces
@@ -203,8 +203,7 @@ def lower(
     if found is not None:
         requirements = confirmed(requirements, found)
         requirements.raise_for_failure()
-    pieces = _pieces(loop, captured.val, found, meta, options, stock, train)
-    plan = plan_program(pieces, options.memory, spill=options.spill is not None)
+    plan = _planned(captured, found, meta, options, stock, train)
     pieces = plan.pieces
     return Lowered(
         requirements=requirements,
@@ -239,6 +238,39 @@ def _check_devices(stock: Stock, train: Batches, val: Batches) -> None:
                 why="model, losses and data must be on one device",
                 remedy=f'move it with .to("{home.device}")',
             )
+
+
+def _planned(
+    captured: Captured,
+    found: Differentiated | None,
+    meta: Sequence[MetaParameter],
+    options: Options,
+    stock: Stock,
+    train: Batches,
+) -> MemoryPlan:
+    """The plan of what will run.
+
+    Under a budget the adjoint that holds less can win by the steps that need not be repeated, so
+    both modes are planned.
+    """
+    loop, val = captured.loop, captured.val
+
+    def plan(differentiated: Differentiated | None) -> MemoryPlan:
+        pieces = _pieces(loop, val, differentiated, meta, options, stock, train)
+        return plan_program(pieces, options.memory, spill=options.spill is not None)
+
+    if options.memory is None or found is None or not found.mixed_spurned:
+        return plan(found)
+    mixed = differentiated(loop, val, meta, options, favour_mixed=True)
+    plans, errors = [], []
+    for each in (found, mixed):
+        try:
+            plans.append(plan(each))
+        except BudgetError as error:
+            errors.append(error)
+    if not plans:
+        raise min(errors, key=lambda error: error.smallest)
+    return min(plans, key=lambda each: each.cost.weight)
 
 
 def _pieces(

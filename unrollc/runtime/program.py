@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
@@ -34,9 +34,10 @@ from unrollc.runtime.bridge import MetaLoop, Run
 from unrollc.runtime.load import load
 from unrollc.runtime.lowering import Lowered, check, lower
 from unrollc.runtime.options import Options
-from unrollc.runtime.result import Result
+from unrollc.runtime.result import BatchedResult, Result
 from unrollc.runtime.spill import Spilled
 from unrollc.runtime.store import open_store
+from unrollc.runtime.tasks import Task, batch_of_tasks, task_pairs
 from unrollc.runtime.tensor_files import digest_of
 from unrollc.step import STATE_ROLES, Role
 
@@ -61,6 +62,21 @@ class Given:
     def read_as(self, lowered: Lowered) -> Given:
         """With the optimizer's state in the manner in which `lowered` takes it."""
         return replace(self, stock=read_again(self.problem, self.stock, lowered.loop.manner))
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One call of a program, ready to run.
+
+    Attributes:
+        lowered: The program.
+        given: What the call starts from, as `lowered` reads it.
+        run: The run.
+    """
+
+    lowered: Lowered
+    given: Given
+    run: Run
 
 
 class Program:
@@ -91,6 +107,46 @@ class Program:
             RequirementError: If a requested meta-gradient does not exist.
             NonFiniteError: With ``debug=True``, at the first NaN or infinity.
         """
+        prepared = self._prepare(train, val)
+        run, meta = prepared.run, prepared.run.meta
+        if meta:
+            loss: Tensor = MetaLoop.apply(run, *meta)  # type: ignore[no-untyped-call]
+        else:
+            loss = run.adapt()
+            run.forget()
+        return self._finished(prepared, loss)
+
+    def batched(self, tasks: Sequence[tuple[Any, Any]], reduction: str = "mean") -> BatchedResult:
+        """Adapt on many tasks, each from the same θ_0, and average their validation losses.
+
+        The backward pass of a task runs right after its forward pass, so memory beyond the results
+        is that of one task whatever their number, and ``loss.backward()`` only scales what is
+        there. A value that is changed between the two does not matter.
+
+        Args:
+            tasks: For each task ``(train, val)`` as the program takes them. Shapes may differ;
+                equal shapes are lowered once.
+            reduction: "mean" or "sum" of the losses, or "none" for each, shape ``[tasks]``; then
+                each task's gradient is held until the backward pass.
+
+        Returns:
+            A `BatchedResult`.
+
+        Raises:
+            InputError: If `tasks` or `reduction` has the wrong form; otherwise as for a call.
+        """
+        pairs = task_pairs(tasks)
+        losses, results = batch_of_tasks(self._tasks(pairs), len(pairs), reduction)
+        return BatchedResult(losses, tuple(results))
+
+    def _tasks(self, pairs: Sequence[tuple[Any, Any]]) -> Iterator[Task]:
+        """The tasks one by one, so that what one needs is gone before the next is read."""
+        for train, val in pairs:
+            prepared = self._prepare(train, val)
+            finish = functools.partial(self._finished, prepared)
+            yield Task(prepared.run, finish)
+
+    def _prepare(self, train: Any, val: Any) -> Prepared:
         given = self._read(train, val)
         lowered, module = self._lowered(given, torch.is_grad_enabled())
         given = given.read_as(lowered)
@@ -100,14 +156,10 @@ class Program:
         noisy = any(graph.inputs_with(Role.NOISE) for graph in lowered.pieces.graphs)
         seed = int(torch.randint(2**62, (), dtype=torch.int64)) if noisy else 0
         spilled = self._spilled(lowered, module, inputs, seed)
-        run = Run(module, inputs, seed, lowered.pieces.wanted, spilled)
-        meta = [t for label in run.wanted for t in pytree.tree_leaves(inputs[label])]
-        if meta:
-            loss: Tensor = MetaLoop.apply(run, *meta)  # type: ignore[no-untyped-call]
-        else:
-            loss = run.adapt()
-            run.forget()
-        result = self._result(lowered, given, run, loss)
+        return Prepared(lowered, given, Run(module, inputs, seed, lowered.pieces.wanted, spilled))
+
+    def _finished(self, prepared: Prepared, loss: Tensor) -> Result:
+        result = self._result(prepared.lowered, prepared.given, prepared.run, loss)
         if self._options.debug:
             _check_result(result)
         return result

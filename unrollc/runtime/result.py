@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -46,3 +47,22 @@ class Result:
         and the number of models that it is of.
         """
         self._write(self)
+
+
+@dataclass(frozen=True)
+class BatchedResult:
+    """The adapted models of many tasks.
+
+    Attributes:
+        loss: Mean or sum of the validation losses, 0-dim, or each of them, shape ``[tasks]``;
+            ``loss.backward()`` fills ``.grad`` of the meta-parameters.
+        tasks: The result of each task; its own loss is detached.
+    """
+
+    loss: Tensor
+    tasks: tuple[Result, ...]
+
+    @property
+    def losses(self) -> Tensor:
+        """Validation losses, shape ``[tasks]``, detached."""
+        return torch.stack([task.loss for task in self.tasks])
