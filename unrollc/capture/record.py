@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from unrollc.capture import refusals
+from unrollc.capture.faking import faked
 from unrollc.capture.functional import RecordedFunctionalization, from_functional
 from unrollc.capture.nests import is_continuous, map_tensors, tensors_in
 from unrollc.capture.noise import as_noise
@@ -209,8 +210,7 @@ class Recorder(TorchDispatchMode):
 
     def _faked(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
-            with self.fake_mode:
-                return func(*args, **kwargs)
+            return faked(self.fake_mode, func, args, kwargs)
         except (DynamicOutputShapeException, DataDependentOutputException) as error:
             raise refusals.shape_of_data(func, self._line()) from error
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
+from unrollc.capture.faking import without_history
 from unrollc.capture.functional import pure_form
 from unrollc.capture.nests import map_tensors
 from unrollc.capture.record import Recorder
@@ -48,7 +49,7 @@ class PureRecorder(Recorder):
             self._rewind(before)
             return super().run(body, [tensor.detach_() for tensor in inputs])
         for node in self.graph.nodes:
-            node.meta["val"] = map_tensors(_without_history, node.meta["val"])
+            node.meta["val"] = map_tensors(without_history, node.meta["val"])
         return results
 
     def __torch_dispatch__(
@@ -94,7 +95,3 @@ class PureRecorder(Recorder):
 
 def _storage(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
-
-
-def _without_history(tensor: Tensor) -> Tensor:
-    return tensor.detach() if tensor.requires_grad else tensor
