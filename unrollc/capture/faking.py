@@ -63,18 +63,27 @@ def faked(mode: FakeTensorMode, func: Any, args: tuple[Any, ...], kwargs: dict[s
             key = (func, torch.get_default_dtype(), *map(_described, args), _described(kwargs))
         except _UnknownError:
             return _asked(mode, func, args, kwargs)
-        form = _FORMS.get(key, _UnknownError)
-        if form is _UnknownError:
-            result = _asked(mode, func, args, kwargs)
-            if len(_FORMS) >= _MOST:
-                _FORMS.clear()
-            _FORMS[key] = _form(result, _storages((args, kwargs)))
-            return result
+        try:
+            form = _FORMS[key]
+        except KeyError:
+            return _first(key, mode, func, args, kwargs)
         if isinstance(form, _Form):
             return _made(mode, form)
         if form is not None:
             return tuple(None if each is None else _made(mode, each) for each in form)
     return _asked(mode, func, args, kwargs)
+
+
+def _first(
+    key: Any, mode: FakeTensorMode, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """PyTorch's answer, whose form is remembered."""
+    result = _asked(mode, func, args, kwargs)
+    if len(_FORMS) >= _MOST:
+        _FORMS.clear()
+    given = _storages((args, kwargs))
+    _FORMS[key] = _forms(result, given) if isinstance(result, tuple) else _form(result, given)
+    return result
 
 
 def _asked(mode: FakeTensorMode, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -89,6 +98,11 @@ def without_history(tensor: Tensor) -> Tensor:
     if type(tensor) is not FakeTensor:
         return tensor.detach()
     return _view(tensor.fake_mode, torch.ops.aten.detach.default, (tensor,), {})
+
+
+def fake_like(mode: FakeTensorMode, example: Tensor) -> Tensor:
+    """A fake tensor of the shape, strides, dtype and device of another, in storage of its own."""
+    return _made(mode, _Form(example.shape, example.stride(), example.dtype, example.device))
 
 
 def _view(mode: FakeTensorMode, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -140,7 +154,9 @@ def _described(value: Any) -> Any:
             raise _UnknownError
         if value.constant is not None:
             raise _UnknownError
-        return value.shape, value.stride(), value.dtype, value.fake_device
+        # Some ops, such as the functional copy, keep what lies around a part of a storage.
+        place = value.storage_offset(), value.untyped_storage().nbytes()
+        return value.shape, value.stride(), value.dtype, value.fake_device, place
     if kind in _PLAIN:
         return kind, value
     if kind is tuple or kind is list or kind is torch.Size:
@@ -150,17 +166,20 @@ def _described(value: Any) -> Any:
     raise _UnknownError
 
 
-def _form(result: Any, given: set[int]) -> tuple[_Form | None, ...] | _Form | None:
-    """How to make a result again; None if that is not known."""
-    if isinstance(result, tuple):
-        forms: list[_Form | None] = []
-        for each in result:
-            form = None if each is None else _form(each, given)
-            if each is not None and not isinstance(form, _Form):
-                return None
-            forms.append(form)
-            given = given | _storages(each)
-        return tuple(forms)
+def _forms(results: tuple[Any, ...], given: set[int]) -> tuple[_Form | None, ...] | None:
+    """How to make several results again; None if that is not known."""
+    forms: list[_Form | None] = []
+    for each in results:
+        form = None if each is None else _form(each, given)
+        if each is not None and form is None:
+            return None
+        forms.append(form)
+        given = given | _storages(each)
+    return tuple(forms)
+
+
+def _form(result: Any, given: set[int]) -> _Form | None:
+    """How to make a result again that lies in none of the given storages; None if not known."""
     if type(result) is not FakeTensor or result.requires_grad or result.constant is not None:
         return None
     if result.layout is not torch.strided or result.dtype.is_complex or result.is_neg():
