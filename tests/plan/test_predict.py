@@ -41,7 +41,7 @@ def pieces() -> Any:
     """A program that keeps every state and no residuals."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
-    full = lowered(CAPTURED).plan._given
+    full = lowered.__wrapped__(CAPTURED).plan._given
     torch.set_default_dtype(before)
     return full
 
