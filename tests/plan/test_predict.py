@@ -1,5 +1,6 @@
 """Peaks of long loops against the schedule executed action by action, and plans for other T."""
 
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +23,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 CAPTURED = 7
 
 
+@functools.cache
 def lowered(steps: int, *, adam: bool = True, **options: Any) -> Any:
     torch.manual_seed(0)
     model = nn.Sequential(
@@ -39,7 +41,7 @@ def pieces() -> Any:
     """A program that keeps every state and no residuals."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
-    full = lowered(CAPTURED).plan._given
+    full = lowered.__wrapped__(CAPTURED).plan._given
     torch.set_default_dtype(before)
     return full
 

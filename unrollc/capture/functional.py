@@ -104,7 +104,7 @@ class RecordedFunctionalization(FunctionalTensorMode):
     def _record(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         with self._recorder:  # views of what was written to are computed anew
             args, kwargs = map_tensors(_unwrapped, (args, kwargs or {}))
-        return self._recorder.__torch_dispatch__(func, types, args, kwargs)
+        return self._recorder.record(func, types, args, kwargs)
 
     def _wrapped(self, tensor: Tensor) -> FunctionalTensor:
         return FunctionalTensor(torch._to_functional_tensor(tensor), self)

@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from unrollc.capture import refusals
+from unrollc.capture.faking import fake_like, faked
 from unrollc.capture.functional import RecordedFunctionalization, from_functional
 from unrollc.capture.nests import is_continuous, map_tensors, tensors_in
 from unrollc.capture.noise import as_noise
@@ -111,10 +112,7 @@ class Recorder(TorchDispatchMode):
 
     def input(self, name: str, example: Tensor, concrete: Tensor | None = None) -> Tensor:
         """A new graph input like `example`, in storage of its own."""
-        with self.fake_mode:
-            fake = torch.empty_strided(
-                example.shape, example.stride(), dtype=example.dtype, device=example.device
-            )
+        fake = fake_like(self.fake_mode, example)
         node = self._placeholder(name, fake)
         if concrete is not None and concrete.numel() <= CONCRETE_NUMEL:
             self.concrete[node] = concrete.detach().cpu()
@@ -185,7 +183,10 @@ class Recorder(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        kwargs = kwargs or {}
+        return self.record(func, types, args, kwargs or {})
+
+    def record(self, func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an op on fake tensors and write it down (PyTorch wraps `__torch_dispatch__`)."""
         key = torch._C._TorchDispatchModeKey.FUNCTIONAL
         if torch._C._get_dispatch_mode(key) is not None:
             return func(*args, **kwargs)
@@ -209,8 +210,7 @@ class Recorder(TorchDispatchMode):
 
     def _faked(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
-            with self.fake_mode:
-                return func(*args, **kwargs)
+            return faked(self.fake_mode, func, args, kwargs)
         except (DynamicOutputShapeException, DataDependentOutputException) as error:
             raise refusals.shape_of_data(func, self._line()) from error
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
+from unrollc.capture.faking import without_history
 from unrollc.capture.functional import pure_form
 from unrollc.capture.nests import map_tensors
 from unrollc.capture.record import Recorder
@@ -48,24 +49,18 @@ class PureRecorder(Recorder):
             self._rewind(before)
             return super().run(body, [tensor.detach_() for tensor in inputs])
         for node in self.graph.nodes:
-            node.meta["val"] = map_tensors(_without_history, node.meta["val"])
+            node.meta["val"] = map_tensors(without_history, node.meta["val"])
         return results
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def record(self, func: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         key = torch._C._TorchDispatchModeKey.FUNCTIONAL
         if not func._schema.is_mutable or torch._C._get_dispatch_mode(key) is not None:
-            return super().__torch_dispatch__(func, types, args, kwargs)
+            return super().record(func, types, args, kwargs)
         pure = None if torch.Tag.inplace_view in func.tags else pure_form(func)
         target = args[0]
         if pure is None or self._sharing[_storage(target)] > 1:
             raise _NotPureError(str(func))
-        result = super().__torch_dispatch__(pure, types, args, kwargs)
+        result = super().record(pure, types, args, kwargs)
         self._nodes[id(target)] = self._nodes[id(result)]
         return target
 
@@ -94,7 +89,3 @@ class PureRecorder(Recorder):
 
 def _storage(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
-
-
-def _without_history(tensor: Tensor) -> Tensor:
-    return tensor.detach() if tensor.requires_grad else tensor
