@@ -12,6 +12,7 @@ from unrollc.differentiate.mixed import mixed_adjoint, mixed_obstacle
 from unrollc.differentiate.pushforward import NoForwardFormulaError
 from unrollc.differentiate.reverse import loss_gradient, reverse_adjoint
 from unrollc.differentiate.symmetry import asymmetry
+from unrollc.optimize.packing import PackedLoop, as_captured, pack
 from unrollc.optimize.simplify import simplify
 from unrollc.plan.cost import cost_of
 from unrollc.requirements.judge import MetaParameter
@@ -33,11 +34,13 @@ class Differentiated:
         adjoints: The distinct adjoints of the steps.
         order: For each step an index into `adjoints`, or None where the backward pass does not
             go.
+        program: The loop that was differentiated, its state packed where that pays.
     """
 
     val_gradient: StepGraph
     adjoints: tuple[StepAdjoint, ...]
     order: tuple[int | None, ...]
+    program: PackedLoop
 
 
 def differentiated(
@@ -62,13 +65,19 @@ def differentiated(
     steps = len(loop.sequence)
     stop = steps - options.steps_back(steps)
     val_gradient = simplify(loss_gradient(val, wanted))
-    make = _Chooser(loop, wanted, options).adjoint if final else _in_reverse(loop, wanted, options)
-    adjoints, order = _adjoints(loop, val_gradient, wanted, starts, stop, make)
-    return Differentiated(val_gradient, tuple(adjoints), tuple(order))
+    program = pack(loop, val, val_gradient) if final else as_captured(loop, val, val_gradient)
+    assert program.val_gradient is not None
+    make = (
+        _Chooser(loop, program, wanted, options).adjoint
+        if final
+        else _in_reverse(program, wanted, options)
+    )
+    adjoints, order = _adjoints(program, program.val_gradient, wanted, starts, stop, make)
+    return Differentiated(program.val_gradient, tuple(adjoints), tuple(order), program)
 
 
 def _adjoints(
-    loop: Loop,
+    loop: PackedLoop,
     val_gradient: StepGraph,
     wanted: frozenset[Key],
     starts: frozenset[Key],
@@ -121,7 +130,7 @@ def _pruned(adjoint: StepAdjoint, keep: frozenset[Key]) -> StepAdjoint:
     return replace(adjoint, graph=simplify(assemble_graph(graph, inputs, outputs)))
 
 
-def _in_reverse(loop: Loop, wanted: frozenset[Key], options: Options) -> Make:
+def _in_reverse(loop: PackedLoop, wanted: frozenset[Key], options: Options) -> Make:
     def make(index: int, live: frozenset[Key]) -> StepAdjoint:
         step = loop.steps[index]
         made = reverse_adjoint(step, wanted, live, first_order=options.first_order)
@@ -136,8 +145,10 @@ class _Chooser:
     The two modes are compared once; steps differ in their update, hardly in their products.
     """
 
-    def __init__(self, loop: Loop, wanted: frozenset[Key], options: Options) -> None:
-        self._loop, self._wanted, self._options = loop, wanted, options
+    def __init__(
+        self, captured: Loop, loop: PackedLoop, wanted: frozenset[Key], options: Options
+    ) -> None:
+        self._captured, self._loop, self._wanted, self._options = captured, loop, wanted, options
         self._reasons: dict[int, str | None] = {}
         self._made: dict[tuple[int, frozenset[Key]], StepAdjoint] = {}
         self._preferred: tuple[str, str] | None = None
@@ -176,9 +187,10 @@ class _Chooser:
         return chosen
 
     def _obstacle(self, index: int) -> str | None:
-        if index not in self._reasons:
-            self._reasons[index] = asymmetry(self._loop.steps[index])
-        return self._reasons[index]
+        origin = self._loop.origins[index]
+        if origin not in self._reasons:
+            self._reasons[origin] = asymmetry(self._captured.steps[origin])
+        return self._reasons[origin]
 
 
 #: Reverse mode rounds as PyTorch's own double backward does; mixed mode must be worth a difference.

@@ -18,6 +18,7 @@ from unrollc.capture.problem import PerStep, Problem, Stock
 from unrollc.capture.validation import capture_val
 from unrollc.codegen.module import GeneratedCode, generate
 from unrollc.errors import InputError
+from unrollc.optimize.packing import PackedLoop, Packing, pack
 from unrollc.optimize.simplify import simplify
 from unrollc.plan.memory import MemoryPlan, plan_program
 from unrollc.plan.pieces import ForwardMode, Pieces
@@ -48,6 +49,7 @@ class Lowered:
         pieces: The graphs of the program in the order of its schedule.
         plan: The memory plan; ``plan.peak_bytes``, ``plan.schedule``, ``plan.timeline``.
         generated: The generated module.
+        packing: How the state travels from step to step.
         meta: The meta-parameters.
         lifted_require: Which tensors from closures required grad.
     """
@@ -58,6 +60,7 @@ class Lowered:
     pieces: Pieces
     plan: MemoryPlan
     generated: GeneratedCode
+    packing: Packing
     meta: tuple[MetaParameter, ...]
     lifted_require: tuple[bool, ...]
 
@@ -203,7 +206,8 @@ def lower(
     if found is not None:
         requirements = confirmed(requirements, found)
         requirements.raise_for_failure()
-    pieces = _pieces(loop, captured.val, found, meta, options, stock, train)
+    program = found.program if found else pack(loop, captured.val, None)
+    pieces = _pieces(program, found, meta, options, stock, train)
     plan = plan_program(pieces, options.memory, spill=options.spill is not None)
     pieces = plan.pieces
     return Lowered(
@@ -213,6 +217,7 @@ def lower(
         pieces=pieces,
         plan=plan,
         generated=generate(pieces, plan),
+        packing=program.packing,
         meta=tuple(meta),
         lifted_require=tuple(tensor.requires_grad for tensor in captured.lifted.values()),
     )
@@ -242,8 +247,7 @@ def _check_devices(stock: Stock, train: Batches, val: Batches) -> None:
 
 
 def _pieces(
-    loop: Loop,
-    val: StepGraph,
+    loop: PackedLoop,
     found: Differentiated | None,
     meta: Sequence[MetaParameter],
     options: Options,
@@ -262,7 +266,7 @@ def _pieces(
         sequence=loop.sequence,
         adjoints=found.adjoints if found else (),
         adjoint_sequence=found.order if found else (None,) * steps,
-        val=simplify(val),
+        val=simplify(loop.val),
         val_gradient=found.val_gradient if found else None,
         schedule=keep_all(steps, stop) if found else forward_only(steps),
         per_step=every,
