@@ -93,6 +93,8 @@ class _Writer:
     def __init__(self, old: StepGraph, group: Group, *, packed_in: bool) -> None:
         self.old, self.group, self.packed_in = old, group, packed_in
         self.order = {node: index for index, node in enumerate(old.graph.nodes)}
+        updates = (n for n in self.order if n.meta.get("phase") is Phase.UPDATE)
+        self.first_update = min((self.order[node] for node in updates), default=0)
         self.fake_mode = old.placeholders[0].meta["val"].fake_mode
         self.graph = fx.Graph()
         self.singles: dict[fx.Node, fx.Node] = {}
@@ -226,7 +228,11 @@ class _Writer:
             stack.extend(missing)
 
     def _position(self, unit: Unit) -> int:
-        return max(self.order[node] for node in (unit if isinstance(unit, tuple) else (unit,)))
+        """Where a unit stands; no part of the update comes before the inner gradient."""
+        if not isinstance(unit, tuple):
+            return self.order[unit]
+        last = max(self.order[node] for node in unit)
+        return last if unit in self.phases else max(last, self.first_update)
 
     def _is_written(self, unit: Unit) -> bool:
         return unit in (self.vectors if isinstance(unit, tuple) else self.singles)

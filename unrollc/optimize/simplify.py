@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from unrollc.optimize.fuse import FUSIONS
 from unrollc.step import ATTACH, DERIVED, StepGraph, copy, tensors_of, verify
 
 aten = torch.ops.aten
@@ -232,6 +233,7 @@ PASSES: tuple[Pass, ...] = (
     remove_identities,
     propagate_zeros,
     merge_common,
+    *FUSIONS,
     remove_dead,
 )
 
