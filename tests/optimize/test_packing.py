@@ -103,11 +103,11 @@ def run(make: Make, steps: int, **options: Any) -> tuple[Any, dict[str, Tensor]]
 
 
 def with_passes(monkeypatch: pytest.MonkeyPatch, passes: tuple[packing.LoopPass, ...]) -> None:
-    def pack(loop: Any, val: Any, val_gradient: Any) -> packing.PackedLoop:
-        return packing.pack(loop, val, val_gradient, passes)
+    def some(loop: Any, val: Any, val_gradient: Any) -> packing.PackedLoop:
+        return packing.rewritten(loop, val, val_gradient, passes)
 
-    monkeypatch.setattr(adjoints, "pack", pack)
-    monkeypatch.setattr(lowering, "pack", pack)
+    monkeypatch.setattr(adjoints, "rewritten", some)
+    monkeypatch.setattr(lowering, "rewritten", some)
 
 
 @pytest.mark.usefixtures("float64")

@@ -8,6 +8,7 @@ adjoint goes on sharing them with the step.
 from __future__ import annotations
 
 import itertools
+import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,6 +22,43 @@ aten = torch.ops.aten
 
 #: Fewer views of one tensor are left as they are.
 _FEW = 3
+
+
+def expand_late(graph: fx.Graph) -> bool:
+    """``f(expand(a), b) --> expand(f(a, b))`` for an elementwise op."""
+    changed = False
+    for node in list(graph.nodes):
+        if node.target not in _PLAIN or not _is_derived(node):
+            continue
+        shape = node.meta["val"].shape
+        narrow = [_narrow(arg) for arg in node.args]
+        operands = [arg.meta["val"] for arg in narrow if isinstance(arg, fx.Node)]
+        own = torch.broadcast_shapes(*(value.shape for value in operands))
+        wide = [arg.meta["val"] for arg in node.args if isinstance(arg, fx.Node)]
+        if math.prod(own) >= math.prod(shape) or any(v.dim() == 0 for v in (*operands, *wide)):
+            continue
+        with graph.inserting_before(node):
+            made = _call(graph, node, node.target, *narrow, **node.kwargs)
+        _replace(graph, node, aten.expand.default, made, list(shape))
+        changed = True
+    return changed
+
+
+#: Elementwise ops of two operands.
+_PLAIN = (
+    aten.mul.Tensor,
+    aten.mul.Scalar,
+    aten.div.Tensor,
+    aten.div.Scalar,
+    aten.add.Tensor,
+    aten.sub.Tensor,
+)
+
+
+def _narrow(value: Any) -> Any:
+    """What an operand repeats."""
+    repeats = isinstance(value, fx.Node) and value.target is aten.expand.default
+    return value.args[0] if repeats else value
 
 
 def sum_without_axis(graph: fx.Graph) -> bool:
@@ -42,6 +80,32 @@ def sum_without_axis(graph: fx.Graph) -> bool:
     return changed
 
 
+def sum_once(graph: fx.Graph) -> bool:
+    """``sum(sum(x, a, keepdim), b, keepdim) --> sum(x, a and b, keepdim)``: one pass over x.
+
+    Between the two stands a tensor, as large as x where `a` is a short axis.
+    """
+    changed = False
+    for node in _calls(graph, aten.sum.dim_IntList):
+        inner: Any = node.args[0]
+        if inner.target is not aten.sum.dim_IntList or not _only(inner, node):
+            continue
+        keeps = [(*each.args, False)[2] is True for each in (inner, node)]
+        plain = _is_derived(node) and not node.kwargs and not inner.kwargs
+        axes = (inner.args[1], node.args[1])
+        if not (plain and all(axes)):
+            continue
+        value = inner.args[0].meta["val"]
+        first = [axis % value.dim() for axis in axes[0]]
+        left = [axis for axis in range(value.dim()) if axis not in first]
+        rank = inner.meta["val"].dim()
+        second = [axis % rank if keeps[0] else left[axis % rank] for axis in axes[1]]  # type: ignore[union-attr]
+        if keeps[0] is keeps[1] and not set(first) & set(second):
+            _replace(graph, node, node.target, inner.args[0], sorted(first + second), keeps[1])
+            changed = True
+    return changed
+
+
 def add_transposed(graph: fx.Graph) -> bool:
     """``t(a) + t(b) --> t(a + b)``; one transposition, which often meets another."""
     changed = False
@@ -52,6 +116,8 @@ def add_transposed(graph: fx.Graph) -> bool:
         turned = first.target is aten.t.default and second.target is aten.t.default
         if turned and _only(first, node) and _only(second, node):
             a, b = first.args[0], second.args[0]
+            if first.meta["val"].dim() != second.meta["val"].dim():
+                continue  # a row is no column
             with graph.inserting_before(node):
                 total = _call(graph, node, aten.add.Tensor, a, b, **node.kwargs)
             _replace(graph, node, aten.t.default, total)
@@ -69,6 +135,8 @@ def add_product(graph: fx.Graph) -> bool:
             if product.target is not aten.mm.default or not _is_derived(product):
                 continue
             if not (_only(product, node) and isinstance(other, fx.Node) and other is not product):
+                continue
+            if node.meta["val"].shape != product.meta["val"].shape:
                 continue
             term = _unexpanded(other, node)
             if other.meta["val"].dtype == product.meta["val"].dtype and term is not None:
@@ -235,7 +303,9 @@ def _call(graph: fx.Graph, like: fx.Node, target: Any, *args: Any, **kwargs: Any
 
 #: The passes, in order.
 FUSIONS: tuple[Callable[[fx.Graph], bool], ...] = (
+    expand_late,
     sum_without_axis,
+    sum_once,
     add_transposed,
     add_product,
     add_multiple,

@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from unrollc.capture.loop import Loop
 from unrollc.optimize.congruence import Key, equal_state, key_of, merged, numbered
 from unrollc.optimize.lanes import Kind, Lanes, Tuple
+from unrollc.optimize.memory_format import channels_last
 from unrollc.optimize.packed_step import Group, Pack, UnpackableError, packed
 from unrollc.optimize.simplify import simplify, structural_zeros
 from unrollc.step import STATE_ROLES, Role, StepGraph, Value
@@ -96,13 +97,13 @@ def as_captured(loop: Loop, val: StepGraph, val_gradient: StepGraph | None) -> P
     return PackedLoop(loop.steps, loop.sequence, origins, val, val_gradient, Packing())
 
 
-def pack(
+def rewritten(
     loop: Loop,
     val: StepGraph,
     val_gradient: StepGraph | None,
     passes: Sequence[LoopPass] | None = None,
 ) -> PackedLoop:
-    """``loop --> loop over packed state``, where that pays.
+    """``loop --> loop``: the passes over a loop as a whole, before it is differentiated.
 
     Args:
         loop: The captured steps.
@@ -111,16 +112,31 @@ def pack(
         passes: Some of `PASSES`; None for all.
     """
     found = as_captured(loop, val, val_gradient)
-    averaged = any(step.outputs_with(Role.AVERAGE) for step in loop.steps)
-    if len(loop.sequence) < 2 or averaged:
-        return found
     for rewrite in PASSES if passes is None else passes:
         found = rewrite(found)
     return found
 
 
+def lay_out_images(loop: PackedLoop) -> PackedLoop:
+    """``convolution(batch) --> convolution(batch in channels_last)`` (see `memory_format`)."""
+    return replace(
+        loop,
+        steps=tuple(channels_last(step) for step in loop.steps),
+        val=channels_last(loop.val),
+        val_gradient=loop.val_gradient and channels_last(loop.val_gradient),
+    )
+
+
+def _may_pack(loop: PackedLoop) -> bool:
+    """Whether there is a state to pack, which no average of weights reads."""
+    averaged = any(step.outputs_with(Role.AVERAGE) for step in loop.steps)
+    return len(loop.sequence) > 1 and not averaged
+
+
 def share_equal_state(loop: PackedLoop) -> PackedLoop:
     """Step counters ``a, b`` that are equal after every step ``--> a``."""
+    if not _may_pack(loop):
+        return loop
     same = {k: s for k, s in equal_state(loop.steps, loop.sequence).items() if k != s}
     if not same:
         return loop
@@ -130,6 +146,8 @@ def share_equal_state(loop: PackedLoop) -> PackedLoop:
 
 def pack_alike(loop: PackedLoop) -> PackedLoop:
     """``n updates of n tensors --> one update of a vector``, for tensors that are updated alike."""
+    if not _may_pack(loop):
+        return loop
     for group in _groups(loop):
         try:
             found = _each_step(loop, functools.partial(packed, group=group))
@@ -143,7 +161,7 @@ def pack_alike(loop: PackedLoop) -> PackedLoop:
 LoopPass = Callable[[PackedLoop], PackedLoop]
 
 #: The pipeline, in order.
-PASSES: tuple[LoopPass, ...] = (share_equal_state, pack_alike)
+PASSES: tuple[LoopPass, ...] = (lay_out_images, share_equal_state, pack_alike)
 
 
 def _each_step(loop: PackedLoop, rewrite: Callable[..., StepGraph]) -> PackedLoop:

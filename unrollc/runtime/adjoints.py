@@ -12,7 +12,7 @@ from unrollc.differentiate.mixed import mixed_adjoint, mixed_obstacle
 from unrollc.differentiate.pushforward import NoForwardFormulaError
 from unrollc.differentiate.reverse import loss_gradient, reverse_adjoint
 from unrollc.differentiate.symmetry import asymmetry
-from unrollc.optimize.packing import PackedLoop, as_captured, pack
+from unrollc.optimize.packing import PackedLoop, as_captured, rewritten
 from unrollc.optimize.simplify import simplify
 from unrollc.plan.cost import cost_of
 from unrollc.requirements.judge import MetaParameter
@@ -65,7 +65,7 @@ def differentiated(
     steps = len(loop.sequence)
     stop = steps - options.steps_back(steps)
     val_gradient = simplify(loss_gradient(val, wanted))
-    program = pack(loop, val, val_gradient) if final else as_captured(loop, val, val_gradient)
+    program = rewritten(loop, val, val_gradient) if final else as_captured(loop, val, val_gradient)
     assert program.val_gradient is not None
     make = (
         _Chooser(loop, program, wanted, options).adjoint

@@ -18,7 +18,7 @@ from unrollc.capture.problem import PerStep, Problem, Stock
 from unrollc.capture.validation import capture_val
 from unrollc.codegen.module import GeneratedCode, generate
 from unrollc.errors import InputError
-from unrollc.optimize.packing import PackedLoop, Packing, pack
+from unrollc.optimize.packing import PackedLoop, Packing, rewritten
 from unrollc.optimize.simplify import simplify
 from unrollc.plan.memory import MemoryPlan, plan_program
 from unrollc.plan.pieces import ForwardMode, Pieces
@@ -206,7 +206,7 @@ def lower(
     if found is not None:
         requirements = confirmed(requirements, found)
         requirements.raise_for_failure()
-    program = found.program if found else pack(loop, captured.val, None)
+    program = found.program if found else rewritten(loop, captured.val, None)
     pieces = _pieces(program, found, meta, options, stock, train)
     plan = plan_program(pieces, options.memory, spill=options.spill is not None)
     pieces = plan.pieces
