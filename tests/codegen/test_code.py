@@ -151,10 +151,10 @@ def test_the_code_reads_like_the_model() -> None:
     for name in (
         "encoder_weight",
         "decoder_bias",
-        "new_encoder_weight",
+        "new_packed_encoder_weight",
         "adj_encoder_weight",
-        "adj_new_encoder_weight",
-        "encoder_weight_exp_avg",
+        "adj_new_packed_encoder_weight",
+        "packed_encoder_weight_exp_avg",
         "loss_smoothing",
         "encoder_addmm",
     ):

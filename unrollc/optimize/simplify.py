@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from unrollc.optimize.fuse import FUSIONS
+from unrollc.optimize.memory_format import follows_images, keep_images, propagate
 from unrollc.optimize.scaled_products import share_scaled_products
 from unrollc.step import ATTACH, DERIVED, StepGraph, copy, tensors_of, verify
 
@@ -31,6 +33,8 @@ def simplify(step: StepGraph) -> StepGraph:
             if rewrite(result.graph):
                 changed = True
                 verify(result)
+    if follows_images(result.graph):
+        propagate(result)
     refresh_views(result.graph)
     return result
 
@@ -68,12 +72,20 @@ def _identity(node: fx.Node) -> fx.Node | None:
     return None
 
 
-def _alike(first: fx.Node, second: fx.Node) -> bool:
+def _alike(first: fx.Node, second: fx.Node, *, strides: bool = True) -> bool:
     a, b = first.meta["val"], second.meta["val"]
     return (
         isinstance(a, Tensor)
         and isinstance(b, Tensor)
-        and (a.shape, a.stride(), a.dtype, a.device) == (b.shape, b.stride(), b.dtype, b.device)
+        and (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
+        and (a.stride() == b.stride() or (not strides and _is_image(a) and _is_image(b)))
+    )
+
+
+def _is_image(value: Tensor) -> bool:
+    """Whether a tensor lies in memory as images do, in one of their two layouts."""
+    return value.dim() == 4 and (
+        value.is_contiguous() or value.is_contiguous(memory_format=torch.channels_last)
     )
 
 
@@ -130,7 +142,7 @@ def propagate_zeros(graph: fx.Graph) -> bool:
             subtracted = node.target is aten.sub.Tensor and args[0] is zeros[0]
             scaled = args[0] is zeros[0] and bool(node.kwargs)  # alpha belongs to args[1]
             plain = not subtracted and not scaled
-            if isinstance(other, fx.Node) and plain and _alike(node, other):
+            if isinstance(other, fx.Node) and plain and _alike(node, other, strides=False):
                 node.replace_all_uses_with(other)
                 graph.erase_node(node)
                 changed = True
@@ -235,6 +247,8 @@ PASSES: tuple[Pass, ...] = (
     propagate_zeros,
     merge_common,
     share_scaled_products,
+    keep_images,
+    *FUSIONS,
     remove_dead,
 )
 

@@ -13,6 +13,7 @@ from unrollc.differentiate.mixed import mixed_adjoint, mixed_obstacle
 from unrollc.differentiate.pushforward import NoForwardFormulaError
 from unrollc.differentiate.reverse import loss_gradient, reverse_adjoint
 from unrollc.differentiate.symmetry import asymmetry
+from unrollc.optimize.packing import PackedLoop, as_captured, rewritten
 from unrollc.optimize.simplify import simplify
 from unrollc.plan.cost import cost_of
 from unrollc.requirements.judge import MetaParameter
@@ -34,12 +35,14 @@ class Differentiated:
         adjoints: The distinct adjoints of the steps.
         order: For each step an index into `adjoints`, or None where the backward pass does not
             go.
+        program: The loop that was differentiated, its state packed where that pays.
         mixed_spurned: Whether mixed mode was possible and reverse mode preferred.
     """
 
     val_gradient: StepGraph
     adjoints: tuple[StepAdjoint, ...]
     order: tuple[int | None, ...]
+    program: PackedLoop
     mixed_spurned: bool = False
 
 
@@ -67,14 +70,17 @@ def differentiated(
     steps = len(loop.sequence)
     stop = steps - options.steps_back(steps)
     val_gradient = simplify(loss_gradient(val, wanted))
-    chooser = _Chooser(loop, wanted, options, favour_mixed)
-    make = chooser.adjoint if final else _in_reverse(loop, wanted, options)
-    adjoints, order = _adjoints(loop, val_gradient, wanted, starts, stop, make)
-    return Differentiated(val_gradient, tuple(adjoints), tuple(order), chooser.mixed_spurned)
+    program = rewritten(loop, val, val_gradient) if final else as_captured(loop, val, val_gradient)
+    assert program.val_gradient is not None
+    chooser = _Chooser(loop, program, wanted, options, favour_mixed)
+    make = chooser.adjoint if final else _in_reverse(program, wanted, options)
+    adjoints, order = _adjoints(program, program.val_gradient, wanted, starts, stop, make)
+    spurned = chooser.mixed_spurned
+    return Differentiated(program.val_gradient, tuple(adjoints), tuple(order), program, spurned)
 
 
 def _adjoints(
-    loop: Loop,
+    loop: PackedLoop,
     val_gradient: StepGraph,
     wanted: frozenset[Key],
     starts: frozenset[Key],
@@ -127,7 +133,7 @@ def _pruned(adjoint: StepAdjoint, keep: frozenset[Key]) -> StepAdjoint:
     return replace(adjoint, graph=simplify(assemble_graph(graph, inputs, outputs)))
 
 
-def _in_reverse(loop: Loop, wanted: frozenset[Key], options: Options) -> Make:
+def _in_reverse(loop: PackedLoop, wanted: frozenset[Key], options: Options) -> Make:
     def make(index: int, live: frozenset[Key]) -> StepAdjoint:
         step = loop.steps[index]
         made = reverse_adjoint(step, wanted, live, first_order=options.first_order)
@@ -143,9 +149,14 @@ class _Chooser:
     """
 
     def __init__(
-        self, loop: Loop, wanted: frozenset[Key], options: Options, favour_mixed: bool
+        self,
+        captured: Loop,
+        loop: PackedLoop,
+        wanted: frozenset[Key],
+        options: Options,
+        favour_mixed: bool,
     ) -> None:
-        self._loop, self._wanted, self._options = loop, wanted, options
+        self._captured, self._loop, self._wanted, self._options = captured, loop, wanted, options
         self._limit = math.inf if favour_mixed else _CLEARLY_CHEAPER
         self.mixed_spurned = False
         self._reasons: dict[int, str | None] = {}
@@ -187,9 +198,10 @@ class _Chooser:
         return chosen
 
     def _obstacle(self, index: int) -> str | None:
-        if index not in self._reasons:
-            self._reasons[index] = asymmetry(self._loop.steps[index])
-        return self._reasons[index]
+        origin = self._loop.origins[index]
+        if origin not in self._reasons:
+            self._reasons[origin] = asymmetry(self._captured.steps[origin])
+        return self._reasons[origin]
 
 
 #: Reverse mode rounds as PyTorch's own double backward does; mixed mode must be worth a difference.

@@ -18,6 +18,7 @@ from unrollc.capture.problem import PerStep, Problem, Stock
 from unrollc.capture.validation import capture_val
 from unrollc.codegen.module import GeneratedCode, generate
 from unrollc.errors import BudgetError, InputError
+from unrollc.optimize.packing import PackedLoop, Packing, rewritten
 from unrollc.optimize.simplify import simplify
 from unrollc.plan.memory import MemoryPlan, plan_program
 from unrollc.plan.pieces import ForwardMode, Pieces
@@ -48,6 +49,7 @@ class Lowered:
         pieces: The graphs of the program in the order of its schedule.
         plan: The memory plan; ``plan.peak_bytes``, ``plan.schedule``, ``plan.timeline``.
         generated: The generated module.
+        packing: How the state travels from step to step.
         meta: The meta-parameters.
         lifted_require: Which tensors from closures required grad.
     """
@@ -58,6 +60,7 @@ class Lowered:
     pieces: Pieces
     plan: MemoryPlan
     generated: GeneratedCode
+    packing: Packing
     meta: tuple[MetaParameter, ...]
     lifted_require: tuple[bool, ...]
 
@@ -203,7 +206,8 @@ def lower(
     if found is not None:
         requirements = confirmed(requirements, found)
         requirements.raise_for_failure()
-    plan = _planned(captured, found, meta, options, stock, train)
+    program = found.program if found else rewritten(loop, captured.val, None)
+    plan = _planned(captured, program, found, meta, options, stock, train)
     pieces = plan.pieces
     return Lowered(
         requirements=requirements,
@@ -212,6 +216,7 @@ def lower(
         pieces=pieces,
         plan=plan,
         generated=generate(pieces, plan),
+        packing=program.packing,
         meta=tuple(meta),
         lifted_require=tuple(tensor.requires_grad for tensor in captured.lifted.values()),
     )
@@ -242,6 +247,7 @@ def _check_devices(stock: Stock, train: Batches, val: Batches) -> None:
 
 def _planned(
     captured: Captured,
+    program: PackedLoop,
     found: Differentiated | None,
     meta: Sequence[MetaParameter],
     options: Options,
@@ -253,15 +259,15 @@ def _planned(
     Under a budget the adjoint that holds less can win by the steps that need not be repeated, so
     both modes are planned.
     """
-    loop, val = captured.loop, captured.val
 
-    def plan(differentiated: Differentiated | None) -> MemoryPlan:
-        pieces = _pieces(loop, val, differentiated, meta, options, stock, train)
+    def plan(found: Differentiated | None) -> MemoryPlan:
+        loop = found.program if found else program
+        pieces = _pieces(loop, found, meta, options, stock, train)
         return plan_program(pieces, options.memory, spill=options.spill is not None)
 
     if options.memory is None or found is None or not found.mixed_spurned:
         return plan(found)
-    mixed = differentiated(loop, val, meta, options, favour_mixed=True)
+    mixed = differentiated(captured.loop, captured.val, meta, options, favour_mixed=True)
     plans, errors = [], []
     for each in (found, mixed):
         try:
@@ -274,8 +280,7 @@ def _planned(
 
 
 def _pieces(
-    loop: Loop,
-    val: StepGraph,
+    loop: PackedLoop,
     found: Differentiated | None,
     meta: Sequence[MetaParameter],
     options: Options,
@@ -294,7 +299,7 @@ def _pieces(
         sequence=loop.sequence,
         adjoints=found.adjoints if found else (),
         adjoint_sequence=found.order if found else (None,) * steps,
-        val=simplify(val),
+        val=simplify(loop.val),
         val_gradient=found.val_gradient if found else None,
         schedule=keep_all(steps, stop) if found else forward_only(steps),
         per_step=every,

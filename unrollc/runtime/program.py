@@ -260,9 +260,9 @@ class Program:
         owned = {id(t) for t in pytree.tree_leaves(dict(run.inputs)) if isinstance(t, Tensor)}
         after: dict[Role, dict[str, Tensor]] = {role: {} for role in STATE_ROLES}
         values = [value for value, _ in last.outputs_with(*STATE_ROLES)]
-        for value, tensor in zip(values, run.state, strict=True):
-            own = tensor.detach().clone() if id(tensor) in owned else tensor
-            after[value.role][value.label] = own
+        own = [t.detach().clone() if id(t) in owned else t for t in run.state]
+        for (role, label), tensor in lowered.packing.unpacked(values, own).items():
+            after[role][label] = tensor
         buffers = {
             k: after[Role.BUFFER][k] if k in after[Role.BUFFER] else t.detach().clone()
             for k, t in stock.buffers.items()

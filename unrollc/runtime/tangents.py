@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from unrollc.capture.assemble import assemble_graph, same_graph
-from unrollc.capture.loop import Loop
 from unrollc.differentiate.pushforward import NoForwardFormulaError
 from unrollc.differentiate.tangent import (
     Direction,
@@ -15,6 +14,7 @@ from unrollc.differentiate.tangent import (
     step_tangent,
     tangent_obstacle,
 )
+from unrollc.optimize.packing import PackedLoop
 from unrollc.optimize.simplify import simplify
 from unrollc.plan.pieces import ForwardMode
 from unrollc.requirements.judge import MetaParameter
@@ -30,7 +30,7 @@ MOST_DIRECTIONS = 8
 
 
 def forward_mode(
-    loop: Loop,
+    loop: PackedLoop,
     val_gradient: StepGraph,
     meta: Sequence[MetaParameter],
     per_step: frozenset[str],
@@ -76,7 +76,7 @@ def forward_mode(
 
 
 def _followed(
-    loop: Loop, val_gradient: StepGraph, directions: tuple[Direction, ...], first_order: bool
+    loop: PackedLoop, val_gradient: StepGraph, directions: tuple[Direction, ...], first_order: bool
 ) -> ForwardMode:
     """The distinct steps with tangents, following the live tangents from step 0 on."""
     found: list[StepGraph] = []
