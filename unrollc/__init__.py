@@ -1,6 +1,7 @@
 """unrollc: exact meta-gradients through unrolled training, compiled."""
 
 from unrollc.api import (
+    BackendError,
     BudgetError,
     CaptureError,
     FirstOrder,
@@ -17,14 +18,17 @@ from unrollc.api import (
     Truncated,
     UnrollcError,
     check,
+    clear_cache,
     compile,
     objective,
     repeat,
+    set_cache_directory,
 )
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BackendError",
     "BudgetError",
     "CaptureError",
     "FirstOrder",
@@ -41,7 +45,9 @@ __all__ = [
     "Truncated",
     "UnrollcError",
     "check",
+    "clear_cache",
     "compile",
     "objective",
     "repeat",
+    "set_cache_directory",
 ]
