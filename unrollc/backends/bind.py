@@ -4,35 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from unrollc.backends.kernel import Kernel, Layouts, Spec
 from unrollc.plan.pieces import Pieces
 
 Function = Callable[..., Sequence[Any]]
-
-
-def runner_of(folder: Path, device: torch.device) -> Callable[[Sequence[Tensor]], list[Tensor]]:
-    """The machine code in a folder, called with a kernel's inputs.
-
-    Args:
-        folder: An entry of the cache.
-        device: Where it runs.
-
-    Raises:
-        RuntimeError: If it cannot be loaded.
-    """
-    library = str(folder / "kernel.so")
-    runner = getattr(torch._C._aoti, f"AOTIModelContainerRunner{device.type.capitalize()}")
-    if device.index is None:
-        loaded = runner(library, 1)
-    else:
-        loaded = runner(library, 1, str(device), str(folder))
-    return loaded.run  # type: ignore[no-any-return]
 
 
 def bound(kernel: Kernel, run: Callable[[Sequence[Tensor]], list[Tensor]] | None) -> Function:

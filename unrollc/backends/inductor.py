@@ -20,10 +20,11 @@ from pathlib import Path
 import torch
 
 from unrollc.backends import worker
-from unrollc.backends.bind import Function, bound, runner_of
+from unrollc.backends.bind import Function, bound
 from unrollc.backends.cache import Cache, open_cache
 from unrollc.backends.kernel import Kernel, kernels_of
 from unrollc.backends.toolchain import environment, key_of, toolchain
+from unrollc.backends.worker import runner_of
 from unrollc.errors import BackendError
 from unrollc.plan.cost import cost_of
 from unrollc.plan.pieces import Pieces
@@ -92,7 +93,12 @@ class Compilation:
     def _described(self, name: str) -> dict[str, object]:
         kernel = self._kernels[name]
         inputs = [asdict(spec) for spec in kernel.inputs]
-        return {"text": kernel.text, "inputs": inputs, "threads": self._threads[name]}
+        return {
+            "text": kernel.text,
+            "inputs": inputs,
+            "threads": self._threads[name],
+            "device": _device(kernel, self._home),
+        }
 
     def _function(self, name: str, kernel: Kernel) -> Function:
         if not kernel.text:
@@ -137,10 +143,10 @@ def _processors() -> int:
     return os.cpu_count() or 1
 
 
-def _device(kernel: Kernel, home: torch.device) -> torch.device:
+def _device(kernel: Kernel, home: torch.device) -> str:
     """Where a kernel runs: on the device of the fast weights, if it has anything to do there."""
-    devices = [torch.device(spec.device) for spec in (*kernel.inputs, *kernel.outputs)]
-    return home if home in devices else devices[0]
+    devices = [spec.device for spec in (*kernel.inputs, *kernel.outputs)]
+    return str(home) if str(home) in devices else devices[0]
 
 
 def _worker(folder: Path) -> subprocess.Popen[bytes]:

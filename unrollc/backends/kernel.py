@@ -21,6 +21,8 @@ from unrollc.errors import BackendError
 from unrollc.plan.pieces import Pieces
 from unrollc.step import Role, StepGraph, Value, iterate_calls, tensors_of
 
+aten = torch.ops.aten
+
 #: Whose ops a worker process knows: those that come with PyTorch.
 _NAMESPACES = ("aten", "prims")
 
@@ -238,24 +240,29 @@ def _lines(node: fx.Node, names: dict[fx.Node, str]) -> list[str]:
         return [f"{name} = call('getitem', {names[node.args[0]]}, {node.args[1]})"]
     args = [literal(arg, names) for arg in node.args]
     args += [f"{key}={literal(value, names)}" for key, value in node.kwargs.items()]
-    rewrite = _REWRITTEN.get(node.target)
-    if rewrite is not None:
-        dtype = node.meta["val"].dtype
-        return [line.format(*args, name=name, dtype=dtype) for line in rewrite]
     target: Any = node.target
-    return [f"{name} = call('{target.namespace}.{target.__name__}', {', '.join(args)})"]
+    if target in _SCALED and "alpha" in node.kwargs:
+        return [
+            f"{name}_scaled = call('aten.mul.Tensor', {args[1]}, {literal(node.kwargs['alpha'], names)})",
+            f"{name} = call('{_op(target)}', {args[0]}, {name}_scaled)",
+        ]
+    if target is aten.hardshrink_backward.default:  # NaN compares as false
+        return [
+            f"{name}_above = call('aten.ge.Scalar', {args[1]}, -{args[2]})",
+            f"{name}_below = call('aten.le.Scalar', {args[1]}, {args[2]})",
+            f"{name}_inside = call('aten.logical_and.default', {name}_above, {name}_below)",
+            f"{name} = call('aten.masked_fill.Scalar', {args[0]}, {name}_inside, 0)",
+        ]
+    return [f"{name} = call('{_op(target)}', {', '.join(args)})"]
 
 
-#: Ops that Inductor has no kernel for, as ops that it fuses.
-_REWRITTEN: dict[Any, tuple[str, ...]] = {
-    # 0 where -λ <= x <= λ, else the cotangent; NaN compares as false.
-    torch.ops.aten.hardshrink_backward.default: (
-        "{name}_above = call('aten.ge.Scalar', {1}, -{2})",
-        "{name}_below = call('aten.le.Scalar', {1}, {2})",
-        "{name}_inside = call('aten.logical_and.default', {name}_above, {name}_below)",
-        "{name} = call('aten.masked_fill.Scalar', {0}, {name}_inside, 0)",
-    ),
-}
+#: Sums that may scale their second operand. Inductor of PyTorch 2.13 fuses such a sum with a matrix
+#: product and forgets the scale, so that is written as a product.
+_SCALED = (aten.add.Tensor, aten.sub.Tensor)
+
+
+def _op(target: Any) -> str:
+    return f"{target.namespace}.{target.__name__}"
 
 
 def _permuted(name: str, spec: Spec) -> list[str]:
