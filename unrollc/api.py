@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 
+from unrollc.backends.cache import clear_cache, set_cache_directory
 from unrollc.capture.averaging import check_average
 from unrollc.capture.batches import repeat
 from unrollc.capture.problem import Loss, Objective, PerStep, Problem, Transform, objective
 from unrollc.capture.schedule import check_scheduler
-from unrollc.backends.cache import clear_cache, set_cache_directory
 from unrollc.errors import (
     BackendError,
     BudgetError,

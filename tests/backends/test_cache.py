@@ -1,7 +1,7 @@
 """Compiled kernels on the disk: damaged and foreign entries are found out, whoever puts them there.
 
-Each kind of damage is also given to a cache that does not look (`Trusting`): it must take the entry,
-or else the damage would be none and the test could not fail.
+Each kind of damage is also given to a cache that does not look (`Trusting`): it must take the
+entry, or else the damage would be none and the test could not fail.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""A program under Inductor: the same numbers, each distinct function compiled once, whatever T is."""
+"""A program under Inductor: the same numbers, each function compiled once, whatever T is."""
 
 import json
 import math
@@ -24,8 +24,10 @@ STEPS = 3
 
 
 def problem(steps: int = STEPS, rate: float = 0.1) -> tuple[Any, ...]:
-    """Buffers, noise, a rate a step and a fixed one, in float64; nothing but a matrix product with a
-    scaled sum behind it tells whether Inductor keeps the scale."""
+    """Buffers, noise, a rate a step, and a fixed one, in float64.
+
+    The fixed rate is the scale of a sum with a matrix product, which Inductor may forget.
+    """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Dropout(0.5))
     model.append(nn.Linear(4, 2, bias=False))
@@ -167,7 +169,7 @@ def test_tiered_goes_on_with_the_ops_where_compilation_fails(
 
     monkeypatch.setattr(Compilation, "functions", failing)
     expected = run("aten")
-    with pytest.warns(RuntimeWarning, match="aten backend goes on.*cannot compile step_0"):
+    with pytest.warns(RuntimeWarning, match=r"aten backend goes on.*cannot compile step_0"):
         found = run("tiered")
     assert_equal(found, expected)
     with pytest.raises(unrollc.BackendError, match="cannot compile step_0"):

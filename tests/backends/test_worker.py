@@ -30,7 +30,11 @@ def compute(call, v0, v1, v2, ):
 
 
 def examples(dtype: torch.dtype) -> list[Tensor]:
-    return [torch.empty(6, 5, dtype=dtype), torch.empty(6, 8, dtype=dtype), torch.empty(8, 5, dtype=dtype)]
+    return [
+        torch.empty(6, 5, dtype=dtype),
+        torch.empty(6, 8, dtype=dtype),
+        torch.empty(8, 5, dtype=dtype),
+    ]
 
 
 def right(v0: Tensor, v1: Tensor, v2: Tensor) -> Tensor:
@@ -79,7 +83,11 @@ def test_integers_are_compared_exactly() -> None:
 
 def test_random_numbers_are_positive_at_first() -> None:
     """Second moments are: roots of negative numbers would leave nothing to compare."""
-    kinds = [torch.empty(4, 3), torch.empty((), dtype=torch.float64), torch.empty(2, dtype=torch.int64)]
+    kinds = [
+        torch.empty(4, 3),
+        torch.empty((), dtype=torch.float64),
+        torch.empty(2, dtype=torch.int64),
+    ]
     drawn = _random(kinds, signed=False, nudge=0.0)
     assert all((tensor > 0).all() for tensor in drawn[:2]) and not drawn[2].any()
     assert (_random(kinds, signed=True, nudge=0.0)[0] < 0).any()

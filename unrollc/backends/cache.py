@@ -1,8 +1,8 @@
 """Compiled kernels on the disk: what is run is what this user's programs have written.
 
-An entry is a folder named by its key, with a manifest that holds the key, a digest of every file and
-a code made with a secret of the user's (HMAC, Krawczyk et al. 1997, RFC 2104). So a file that was
-cut off or changed is found out, as is an entry that somebody else has written, and one that was
+An entry is a folder named by its key, with a manifest that holds the key, a digest of every file
+and a code made with a secret of the user's (HMAC, Krawczyk et al. 1997, RFC 2104). So a file that
+was cut off or changed is found out, as is an entry that somebody else has written, and one that was
 copied to where another belongs; each is thrown away, and its kernel compiled again. The folder of
 all entries must belong to the user, and nobody else may write to it.
 

@@ -21,7 +21,7 @@ import torch
 
 from unrollc.backends import worker
 from unrollc.backends.bind import Function, bound
-from unrollc.backends.cache import Cache, open_cache
+from unrollc.backends.cache import open_cache
 from unrollc.backends.kernel import Kernel, kernels_of
 from unrollc.backends.toolchain import environment, key_of, toolchain
 from unrollc.backends.worker import runner_of
@@ -74,9 +74,7 @@ class Compilation:
     # -- compiling ------------------------------------------------------------------------------
 
     def _start(self) -> None:
-        missing = {
-            key: name for name, key in self.keys.items() if self._cache.find(key) is None
-        }
+        missing = {key: name for name, key in self.keys.items() if self._cache.find(key) is None}
         if not missing:
             return
         self._draft = self._cache.draft()
@@ -182,4 +180,3 @@ def _refused(name: str, said: str) -> BackendError:
         why=said,
         remedy='pass backend="aten", which calls PyTorch\'s ops as they are',
     )
-

@@ -1,9 +1,9 @@
 """A function of the generated program as a pure function of flat tensors, which can be compiled.
 
-Tensors that one compiled function hands to another must lie in memory as the other was compiled for;
-nothing checks that during a run. So each value has one layout in the whole program: that in which
-the user's tensor was when the program was captured, or row-major order where that layout has gaps.
-What a graph returns otherwise is copied by the graph itself.
+Tensors that one compiled function hands to another must lie in memory as the other was compiled
+for; nothing checks that during a run. So each value has one layout in the whole program: that in
+which it was when the program was captured, or row-major order where that has gaps or overlaps. What
+a graph would return in another layout it copies into this one.
 """
 
 from __future__ import annotations
@@ -101,7 +101,10 @@ class Layouts:
             step = pieces.sequence[pieces.adjoint_sequence.index(index)]
             self._step_of[f"adjoint_{index}"] = step
         for name, graph in pieces.named_graphs:
-            for value, node in [*zip(graph.inputs, graph.placeholders, strict=True), *_results(graph)]:
+            for value, node in [
+                *zip(graph.inputs, graph.placeholders, strict=True),
+                *_results(graph),
+            ]:
                 self.spec(name, value, node)
 
     def spec(self, name: str, value: Value, node: fx.Node) -> Spec:
@@ -237,13 +240,14 @@ def _ancestors(nodes: list[fx.Node]) -> set[fx.Node]:
 def _lines(node: fx.Node, names: dict[fx.Node, str]) -> list[str]:
     name = names[node]
     if node.target is operator.getitem:
-        return [f"{name} = call('getitem', {names[node.args[0]]}, {node.args[1]})"]
+        return [f"{name} = call('getitem', {literal(node.args[0], names)}, {node.args[1]})"]
     args = [literal(arg, names) for arg in node.args]
     args += [f"{key}={literal(value, names)}" for key, value in node.kwargs.items()]
     target: Any = node.target
     if target in _SCALED and "alpha" in node.kwargs:
+        scale = literal(node.kwargs["alpha"], names)
         return [
-            f"{name}_scaled = call('aten.mul.Tensor', {args[1]}, {literal(node.kwargs['alpha'], names)})",
+            f"{name}_scaled = call('aten.mul.Tensor', {args[1]}, {scale})",
             f"{name} = call('{_op(target)}', {args[0]}, {name}_scaled)",
         ]
     if target is aten.hardshrink_backward.default:  # NaN compares as false

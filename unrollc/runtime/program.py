@@ -199,7 +199,8 @@ class Program:
         options, lowered = self._options, executor.lowered
         if options.spill is None or lowered.plan.schedule.segment is None:
             return None
-        store = open_store(options.spill, digest_of(lowered.code + executor.identity(module), inputs), seed)
+        digest = digest_of(lowered.code + executor.identity(module), inputs)
+        store = open_store(options.spill, digest, seed)
         return Spilled(module, store, options.progress)
 
     # -- results ----------------------------------------------------------------------------------
