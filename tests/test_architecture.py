@@ -26,6 +26,7 @@ STAGES = (
     "optimize",
     "plan",
     "codegen",
+    "backends",
     "runtime",
     "report",
     "api",

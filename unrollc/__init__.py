@@ -1,6 +1,7 @@
 """unrollc: exact meta-gradients through unrolled training, compiled."""
 
 from unrollc.api import (
+    BackendError,
     BatchedResult,
     BudgetError,
     CaptureError,
@@ -18,14 +19,17 @@ from unrollc.api import (
     Truncated,
     UnrollcError,
     check,
+    clear_cache,
     compile,
     objective,
     repeat,
+    set_cache_directory,
 )
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BackendError",
     "BatchedResult",
     "BudgetError",
     "CaptureError",
@@ -43,7 +47,9 @@ __all__ = [
     "Truncated",
     "UnrollcError",
     "check",
+    "clear_cache",
     "compile",
     "objective",
     "repeat",
+    "set_cache_directory",
 ]

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 
+from unrollc.backends.cache import clear_cache, set_cache_directory
 from unrollc.capture.averaging import check_average
 from unrollc.capture.batches import repeat
 from unrollc.capture.problem import Loss, Objective, PerStep, Problem, Transform, objective
 from unrollc.capture.schedule import check_scheduler
 from unrollc.errors import (
+    BackendError,
     BudgetError,
     CaptureError,
     InputError,
@@ -33,6 +35,7 @@ from unrollc.runtime.result import BatchedResult, Result
 from unrollc.runtime.spill import Progress
 
 __all__ = [
+    "BackendError",
     "BatchedResult",
     "BudgetError",
     "CaptureError",
@@ -50,9 +53,11 @@ __all__ = [
     "Truncated",
     "UnrollcError",
     "check",
+    "clear_cache",
     "compile",
     "objective",
     "repeat",
+    "set_cache_directory",
 ]
 
 
@@ -107,7 +112,10 @@ def compile(
             from them, with identical numbers.
         progress: ``progress(done, total)``, called after each segment of a spilled run with inner
             steps, forward and backward.
-        backend: "auto" or "aten" in this version.
+        backend: What runs the program. "aten" calls PyTorch's ops from the generated Python;
+            "inductor" compiles each distinct step, adjoint and the validation loss to machine code
+            once (seconds to a minute, kept in a cache on the disk), whatever T is; "tiered" is
+            "aten" until that is done in the background. "auto" is "aten".
         debug: Look for NaN and infinity in data, losses and parameters at every call.
 
     Returns:
@@ -115,7 +123,6 @@ def compile(
 
     Raises:
         InputError: If an argument has the wrong kind.
-        NotYetError: For the inductor backend.
     """
     val_loss = loss if val_loss is None else val_loss
     problem = Problem(model, opt, loss, val_loss, grad_transform, scheduler, average)

@@ -103,3 +103,7 @@ class NonFiniteError(UnrollcError, ArithmeticError):
 
 class SpillError(UnrollcError):
     """States cannot be spilled to the disk, or are no longer there."""
+
+
+class BackendError(UnrollcError):
+    """Inductor cannot compile a program on this machine."""

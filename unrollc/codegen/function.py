@@ -43,10 +43,11 @@ def parameters_of(step: StepGraph) -> list[Value]:
 
 def lists_of(step: StepGraph) -> list[str]:
     """The lists that the function takes over, in order, empty ones left out."""
-    return [name for name, _, _ in _lists(step)]
+    return [name for name, _, _ in list_members(step)]
 
 
-def _lists(step: StepGraph) -> list[tuple[str, list[Value], list[fx.Node]]]:
+def list_members(step: StepGraph) -> list[tuple[str, list[Value], list[fx.Node]]]:
+    """Those lists with what is in them."""
     found = []
     for name, roles in LISTS:
         members = step.inputs_with(*roles)
@@ -103,7 +104,7 @@ def render_function(
 def _unpacked(step: StepGraph) -> list[str]:
     """Take the lists over: from here on the names alone hold the tensors."""
     lines = []
-    for name, values, nodes in _lists(step):
+    for name, values, nodes in list_members(step):
         lines.append("    (")
         for value, node in zip(values, nodes, strict=True):
             lines.append(f"        {value.name},  # {_shapes(node)}  {_label(value)}")

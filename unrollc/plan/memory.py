@@ -100,7 +100,7 @@ class MemoryPlan:
         table.add_column()
         table.add_column(overflow="fold")
         peak = self.peak
-        table.add_row("peak", f"{human_bytes(self.peak_bytes)} at {peak.action}")
+        table.add_row("peak", f"{human_bytes(self.peak_bytes)} at {peak.action} (aten backend)")
         if self.budget is not None:
             table.add_row("budget", human_bytes(self.budget))
         table.add_row("kept states", human_bytes(peak.kept))

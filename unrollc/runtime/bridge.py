@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -141,10 +143,23 @@ def _gradients(ctx: Any, inputs: Mapping[str, Any], again: bool) -> dict[str, An
 
 
 def _watched(run: Run) -> list[tuple[Tensor, int]]:
-    """What the result shows of the tensors that the backward pass reads, with their versions."""
-    needed = (run.kept, run.cotangents, run.totals)
-    memory = {t.untyped_storage()._cdata for t in pytree.tree_leaves(needed) if _is_tensor(t)}
-    return [(t, t._version) for t in run.state if t.untyped_storage()._cdata in memory]
+    """What the result shows of the tensors that the backward pass reads, with their versions.
+
+    Addresses are compared, not storages: asking thousands of tensors for their storage would take
+    as long as a small program's run.
+    """
+    kept = itertools.chain.from_iterable(run.kept.values())
+    totals = filter(_is_tensor, run.totals.values())
+    needed = sorted({t.data_ptr() for t in itertools.chain(kept, run.cotangents, totals)})
+    return [(t, t._version) for t in run.state if _reads(needed, t)]
+
+
+def _reads(addresses: list[int], tensor: Tensor) -> bool:
+    """Whether one of the sorted addresses lies in a tensor's memory."""
+    storage = tensor.untyped_storage()
+    first = storage.data_ptr()
+    at = bisect.bisect_left(addresses, first)
+    return at < len(addresses) and addresses[at] < first + storage.nbytes()
 
 
 def _check_unchanged(watched: list[tuple[Tensor, int]]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from unrollc.capture.batches import Batches
 from unrollc.capture.nests import is_continuous
 from unrollc.capture.problem import PerStep, Stock
-from unrollc.errors import InputError, NotYetError, RequirementError
+from unrollc.errors import InputError, RequirementError
 from unrollc.requirements.judge import MetaParameter
 from unrollc.runtime.spill import Progress
 from unrollc.step import STARTS, Role
@@ -50,6 +50,9 @@ class Truncated:
 
 Gradient = str | FirstOrder | Truncated
 
+#: What ``backend=`` may be.
+BACKENDS = ("auto", "aten", "inductor", "tiered")
+
 
 @dataclass(frozen=True)
 class Options:
@@ -62,6 +65,7 @@ class Options:
         memory: Bytes that a run may hold beyond its inputs; None for the fastest schedule.
         spill: The directory in which states are kept on the disk; None keeps them in memory.
         progress: Told after each segment of a spilled run how far it is.
+        backend: What runs the program; one of `BACKENDS`.
     """
 
     meta: tuple[Any, ...] | None
@@ -70,6 +74,7 @@ class Options:
     memory: int | None = None
     spill: pathlib.Path | None = None
     progress: Progress | None = None
+    backend: str = "auto"
 
     @property
     def first_order(self) -> bool:
@@ -95,7 +100,6 @@ def read_options(
 
     Raises:
         InputError: For a value of the wrong kind.
-        NotYetError: For what the interface names and this version does not do.
     """
     if not isinstance(gradient, FirstOrder | Truncated) and gradient != "exact":
         raise InputError(
@@ -103,13 +107,9 @@ def read_options(
             remedy='pass "exact", unrollc.FirstOrder() or unrollc.Truncated(k)',
         )
     budget = read_budget(memory)
-    if backend not in ("auto", "aten", "inductor"):
-        raise InputError(f"backend={backend!r}", remedy='pass "auto", "aten" or "inductor"')
-    if backend == "inductor":
-        raise NotYetError(
-            'backend="inductor" is not available yet',
-            remedy='use backend="aten" (what "auto" means in this version)',
-        )
+    if not isinstance(backend, str) or backend not in BACKENDS:
+        names = ", ".join(f'"{name}"' for name in BACKENDS)
+        raise InputError(f"backend={backend!r}", remedy=f"pass one of {names}")
     if not isinstance(debug, bool):
         raise InputError(f"debug={debug!r}", remedy="pass True or False")
     if meta is not None and (isinstance(meta, str | Tensor) or not isinstance(meta, Sequence)):
@@ -118,7 +118,7 @@ def read_options(
             remedy="pass a list of tensors or labels, e.g. meta=[lr] or meta=['fc.weight']",
         )
     listed = None if meta is None else tuple(meta)
-    return Options(listed, gradient, debug, budget, *_read_spill(spill, progress))
+    return Options(listed, gradient, debug, budget, *_read_spill(spill, progress), backend)
 
 
 def _read_spill(spill: Any, progress: Any) -> tuple[pathlib.Path | None, Progress | None]:

@@ -31,7 +31,7 @@ from unrollc.capture.trees import rebuild
 from unrollc.errors import NonFiniteError
 from unrollc.requirements.verdict import Requirements
 from unrollc.runtime.bridge import MetaLoop, Run
-from unrollc.runtime.load import load
+from unrollc.runtime.executor import Executor
 from unrollc.runtime.lowering import Lowered, check, lower
 from unrollc.runtime.options import Options
 from unrollc.runtime.result import BatchedResult, Result
@@ -85,7 +85,7 @@ class Program:
     def __init__(self, problem: Problem, options: Options) -> None:
         self._problem = problem
         self._options = options
-        self._cache: dict[Any, list[tuple[Lowered, ModuleType]]] = {}
+        self._cache: dict[Any, list[Executor]] = {}
         self._pinned: dict[Any, list[Any]] = {}
         self._moving: frozenset[str] = frozenset()
 
@@ -148,14 +148,15 @@ class Program:
 
     def _prepare(self, train: Any, val: Any) -> Prepared:
         given = self._read(train, val)
-        lowered, module = self._lowered(given, torch.is_grad_enabled())
+        executor = self._lowered(given, torch.is_grad_enabled())
+        lowered, module = executor.lowered, executor.module()
         given = given.read_as(lowered)
         inputs = _inputs(lowered, given)
         if self._options.debug:
             _check_finite(inputs, lowered.pieces.per_step)
         noisy = any(graph.inputs_with(Role.NOISE) for graph in lowered.pieces.graphs)
         seed = int(torch.randint(2**62, (), dtype=torch.int64)) if noisy else 0
-        spilled = self._spilled(lowered, module, inputs, seed)
+        spilled = self._spilled(executor, module, inputs, seed)
         return Prepared(lowered, given, Run(module, inputs, seed, lowered.pieces.wanted, spilled))
 
     def _finished(self, prepared: Prepared, loss: Tensor) -> Result:
@@ -170,12 +171,12 @@ class Program:
         The same object is returned until shapes, dtypes, devices, T, the structure of state or
         the Python values that the code depends on change.
         """
-        return self._lowered(self._read(train, val), torch.is_grad_enabled())[0]
+        return self._lowered(self._read(train, val), torch.is_grad_enabled()).lowered
 
     def inputs(self, train: Any, val: Any) -> dict[str, Any]:
         """The tensors that a saved program takes, by label (detached)."""
         given = self._read(train, val)
-        lowered, _ = self._lowered(given, torch.is_grad_enabled())
+        lowered = self._lowered(given, torch.is_grad_enabled()).lowered
         inputs = _inputs(lowered, given.read_as(lowered))
         return pytree.tree_map_only(Tensor, Tensor.detach, inputs)  # type: ignore[no-any-return]
 
@@ -203,25 +204,26 @@ class Program:
         stock = replace(take_stock(problem), behind=schedule.behind)
         return Given(problem, stock, train_batches, val_batches, schedule)
 
-    def _lowered(self, given: Given, differentiate: bool) -> tuple[Lowered, ModuleType]:
+    def _lowered(self, given: Given, differentiate: bool) -> Executor:
         train, val = given.train, given.val
-        for lowered, module in self._variants(given, differentiate):
+        for known in self._variants(given, differentiate):
+            lowered = known.lowered
             scalars = known_scalars(given.read_as(lowered).stock)
             lifted = lowered.loop.lifted.values()
             same = lowered.lifted_require == tuple(t.requires_grad for t in lifted)
             if same and lowered.loop.holds(scalars, train, val):
-                return lowered, module
+                return known
         with torch.inference_mode(False):
             lowered = lower(
                 given.problem, self._options, given.stock, train, val, differentiate=differentiate
             )
         self._moving |= lowered.loop.manner.moving  # from now on no part of the key
         variants = self._variants(given, differentiate)
-        variants.append((lowered, load(lowered.generated)))
+        variants.append(Executor(lowered, self._options.backend))
         del variants[:-_MOST_VARIANTS]
         return variants[-1]
 
-    def _variants(self, given: Given, differentiate: bool) -> list[tuple[Lowered, ModuleType]]:
+    def _variants(self, given: Given, differentiate: bool) -> list[Executor]:
         """The programs under the key of a call, which becomes the most recently used."""
         fingerprint = Fingerprint()
         stock = read_again(given.problem, given.stock, Manner(self._moving))
@@ -243,13 +245,14 @@ class Program:
         return variants
 
     def _spilled(
-        self, lowered: Lowered, module: ModuleType, inputs: dict[str, Any], seed: int
+        self, executor: Executor, module: ModuleType, inputs: dict[str, Any], seed: int
     ) -> Spilled | None:
         """The files of a call whose schedule spills; those of a killed one where there are any."""
-        options = self._options
+        options, lowered = self._options, executor.lowered
         if options.spill is None or lowered.plan.schedule.segment is None:
             return None
-        store = open_store(options.spill, digest_of(lowered.code, inputs), seed)
+        digest = digest_of(lowered.code + executor.identity(module), inputs)
+        store = open_store(options.spill, digest, seed)
         return Spilled(module, store, options.progress)
 
     # -- results ----------------------------------------------------------------------------------

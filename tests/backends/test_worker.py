@@ -1,0 +1,94 @@
+"""The comparison that every kernel goes through: wrong code is found out, rounding is not."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from unrollc.backends.worker import DisagreementError, _module, _random, _verify, agree
+
+#: A step of SGD on a linear layer: what Inductor has got wrong before.
+SCALED = """
+def compute(call, v0, v1, v2, ):
+    n0 = call('aten.mm.default', v1, v2)
+    n1 = call('aten.add.Tensor', v0, n0, alpha=-0.1)
+    return (n1, )
+"""
+
+#: A gradient that is zero but for rounding, divided by its size as Adam's first step does.
+ILL_CONDITIONED = """
+def compute(call, v0, v1, v2, ):
+    n0 = call('aten.mean.dim', v1, [0], True)
+    n1 = call('aten.sub.Tensor', v1, n0)
+    n2 = call('aten.sum.dim_IntList', n1, [0])
+    n3 = call('aten.abs.default', n2)
+    n4 = call('aten.div.Tensor', n2, n3)
+    return (n4, )
+"""
+
+
+def examples(dtype: torch.dtype) -> list[Tensor]:
+    return [
+        torch.empty(6, 5, dtype=dtype),
+        torch.empty(6, 8, dtype=dtype),
+        torch.empty(8, 5, dtype=dtype),
+    ]
+
+
+def right(v0: Tensor, v1: Tensor, v2: Tensor) -> Tensor:
+    return torch.addmm(v0, v1, v2, alpha=-0.1)
+
+
+WRONG: dict[str, Callable[..., Tensor]] = {
+    "the scale is forgotten": lambda v0, v1, v2: torch.addmm(v0, v1, v2),
+    "the product is forgotten": lambda v0, v1, v2: v0.clone(),
+    "one element": lambda v0, v1, v2: right(v0, v1, v2).index_fill_(0, torch.tensor(0), 0),
+    "slightly off": lambda v0, v1, v2: right(v0, v1, v2) * 1.001,
+    "not a number": lambda v0, v1, v2: right(v0, v1, v2) * float("nan"),
+    "other precision": lambda v0, v1, v2: right(v0, v1, v2).half(),
+    "other shape": lambda v0, v1, v2: right(v0, v1, v2)[None],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("how", WRONG)
+def test_wrong_code_is_found_out(how: str, dtype: torch.dtype) -> None:
+    with pytest.raises(DisagreementError, match="result 0"):
+        _verify(_module(SCALED, 3), lambda inputs: [WRONG[how](*inputs)], examples(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_another_order_of_sums_is_no_difference(dtype: torch.dtype) -> None:
+    def reordered(inputs: Any) -> list[Tensor]:
+        v0, v1, v2 = inputs
+        return [v0 - 0.1 * (v1.flip(1) @ v2.flip(0))]
+
+    _verify(_module(SCALED, 3), reordered, examples(dtype))
+
+
+def test_noise_that_is_blown_up_is_no_difference() -> None:
+    def reordered(inputs: Any) -> list[Tensor]:
+        total = (inputs[1] - inputs[1].flip(0).mean(0)).flip(0).sum(0)
+        return [total / total.abs()]
+
+    _verify(_module(ILL_CONDITIONED, 3), reordered, examples(torch.float32))
+
+
+def test_integers_are_compared_exactly() -> None:
+    a, b = torch.arange(3), torch.tensor([0, 1, 3])
+    assert agree(a, a.clone(), a) and not agree(b, a, a)
+
+
+def test_random_numbers_are_positive_at_first() -> None:
+    """Second moments are: roots of negative numbers would leave nothing to compare."""
+    kinds = [
+        torch.empty(4, 3),
+        torch.empty((), dtype=torch.float64),
+        torch.empty(2, dtype=torch.int64),
+    ]
+    drawn = _random(kinds, signed=False, nudge=0.0)
+    assert all((tensor > 0).all() for tensor in drawn[:2]) and not drawn[2].any()
+    assert (_random(kinds, signed=True, nudge=0.0)[0] < 0).any()
+    assert not torch.equal(_random(kinds, signed=False, nudge=4.0)[0], drawn[0])

@@ -1,0 +1,229 @@
+"""The process that compiles: kernels as texts in, shared libraries out.
+
+Run as a program with one argument, a folder that holds ``job.json``; what it makes goes into one
+folder a kernel beside it, and nothing else of the folder is kept. It imports torch alone. A process
+of its own keeps Inductor's settings, caches and threads apart from the user's, and lets kernels be
+compiled side by side and in the background.
+"""
+
+from __future__ import annotations
+
+import json
+import operator
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+#: What Inductor must not change, and what only costs time; all of it is part of a kernel's key.
+SETTINGS: dict[str, Any] = {
+    "cpp.enable_unsafe_math_opt_flag": False,
+    "cpp.enable_floating_point_contract_flag": "off",
+    "cpp.vec_isa_ok": True,  # the key names the processor; a test compilation would say the same
+    "aot_inductor.enable_line_tables": False,
+    "aot_inductor.enable_frame_pointer": False,
+    "aot_inductor.compile_wrapper_opt_level": "O1",
+    "size_asserts": False,
+    "fallback_random": True,
+    "compile_threads": 1,
+}
+
+#: What a kernel's folder may hold when it is done.
+KEPT = (".so", ".json", ".cubin")
+
+
+def main(folder: Path) -> None:
+    """Compile every kernel of a job; what goes wrong with one stands in its folder."""
+    job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "scratch")
+    warnings.simplefilter("ignore")  # of Inductor's about itself
+    parent = os.getppid()
+    for name, kernel in job["kernels"].items():
+        if os.getppid() != parent:
+            return  # nobody waits any more
+        home = folder / name
+        home.mkdir()
+        try:
+            _compile(home, kernel, job["settings"])
+        except Exception as error:  # whatever it is, the parent process reports it
+            (home / "error").write_text(_said(error), encoding="utf-8")
+        else:
+            (home / "done").touch()
+
+
+def _compile(home: Path, kernel: dict[str, Any], settings: dict[str, Any]) -> None:
+    import torch
+    from torch._inductor import aot_compile
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    torch.set_num_threads(kernel["threads"])
+    with FakeTensorMode():
+        examples = [
+            torch.empty_strided(
+                spec["shape"],
+                spec["stride"],
+                dtype=getattr(torch, spec["dtype"].removeprefix("torch.")),
+                device=spec["device"],
+            )
+            for spec in kernel["inputs"]
+        ]
+    module = _module(kernel["text"], len(examples))
+    build = home / "build"
+    options = {
+        **SETTINGS,
+        **settings,
+        "cpp.threads": kernel["threads"],
+        "aot_inductor.output_path": str(build / "kernel.so"),
+    }
+    with torch.no_grad():
+        aot_compile(module, tuple(examples), options=options)
+    (build / "kernel.so").replace(home / "kernel.so")
+    # Ops that are called through PyTorch's dispatcher stand in a file beside the library.
+    for path in build.glob("*.wrapper.json"):
+        path.replace(home / "kernel.json")
+    for path in build.glob("**/*.cubin"):
+        path.replace(home / path.name)
+    shutil.rmtree(build)
+    with torch.no_grad():
+        _verify(_module(kernel["text"], len(examples)), runner_of(home, kernel["device"]), examples)
+
+
+def runner_of(folder: Path, device: str) -> Callable[[Sequence[Any]], list[Any]]:
+    """The machine code in a folder, called with a kernel's inputs.
+
+    Args:
+        folder: What `main` has made for a kernel.
+        device: Where it runs.
+
+    Raises:
+        RuntimeError: If it cannot be loaded.
+    """
+    import torch
+
+    kind, _, index = device.partition(":")
+    runner = getattr(torch._C._aoti, f"AOTIModelContainerRunner{kind.capitalize()}")
+    library = str(folder / "kernel.so")
+    loaded = runner(library, 1, device, str(folder)) if index else runner(library, 1)
+    return loaded.run  # type: ignore[no-any-return]
+
+
+# -- does it compute the same? ----------------------------------------------------------------
+
+
+class DisagreementError(Exception):
+    """Compiled code computes something else than PyTorch's ops."""
+
+
+def _verify(module: Any, run: Callable[[Sequence[Any]], list[Any]], examples: list[Any]) -> None:
+    """Hold the machine code against PyTorch's ops on random numbers.
+
+    How far rounding may take the two apart is seen from how far the ops' own results move when
+    their inputs move by some units in the last place.
+
+    Raises:
+        DisagreementError: If they are further apart.
+    """
+    for signed in (False, True):
+        inputs = _random(examples, signed, nudge=0.0)
+        expected = module(*inputs)
+        moved = module(*_random(examples, signed, nudge=4.0))
+        results = run(inputs)
+        for place, (ours, theirs, near) in enumerate(zip(results, expected, moved, strict=True)):
+            if not agree(ours, theirs, near):
+                raise DisagreementError(
+                    f"result {place} differs from that of PyTorch's ops on the same random numbers"
+                )
+
+
+def agree(ours: Any, theirs: Any, near: Any) -> bool:
+    """Whether two results are equal but for rounding.
+
+    Args:
+        ours, theirs: The results.
+        near: `theirs` for inputs that differ in their last places.
+    """
+    import torch
+
+    if (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
+        return False
+    if not theirs.dtype.is_floating_point:
+        return bool(torch.equal(ours, theirs)) or not torch.equal(theirs, near)
+    precision = torch.finfo(theirs.dtype).eps
+    ours, theirs, near = (each.double().flatten() for each in (ours, theirs, near))
+    sound = torch.isfinite(theirs) & torch.isfinite(near)
+    scale = torch.where(sound, theirs, 0).norm()
+    reach = 50 * torch.where(sound, theirs - near, 0).norm()
+    error = torch.where(sound, ours - theirs, 0).norm()
+    # Without a finite bound the comparison fails, as it does where `ours` alone is not finite.
+    return bool(error <= 1e3 * precision * scale + reach + precision)
+
+
+def _random(examples: list[Any], signed: bool, nudge: float) -> list[Any]:
+    """Inputs of a size at which layers neither saturate nor vanish; integers are valid indices.
+
+    Args:
+        examples: Fake tensors.
+        signed: Whether there are negative numbers among them.
+        nudge: By how many units in the last place they are moved.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    inputs = []
+    for example in examples:
+        real = torch.empty_strided(
+            example.shape, example.stride(), dtype=example.dtype, device=example.device
+        )
+        if example.dtype.is_floating_point:
+            numbers = torch.rand(example.shape, generator=generator, dtype=torch.float64) + 0.25
+            if signed and example.dim():
+                numbers -= 0.75
+            numbers /= max(example.shape[-1:] or (1,)) ** 0.5
+            ulps = torch.rand(example.shape, generator=generator, dtype=torch.float64) - 0.5
+            numbers *= 1 + nudge * torch.finfo(example.dtype).eps * ulps
+            real.copy_(numbers)
+        elif example.dtype is torch.bool:
+            real.copy_(torch.rand(example.shape, generator=generator) < 0.5)
+        else:
+            real.zero_()
+        inputs.append(real)
+    return inputs
+
+
+# -- graphs -----------------------------------------------------------------------------------
+
+
+def _module(text: str, count: int) -> Any:
+    """The graph that a kernel's text writes down."""
+    import torch
+    from torch import fx
+
+    graph = fx.Graph()
+    inputs = [graph.placeholder(f"v{number}") for number in range(count)]
+
+    def call(op: str, *args: Any, **kwargs: Any) -> fx.Node:
+        if op == "getitem":
+            return graph.call_function(operator.getitem, args)
+        space, name, overload = op.split(".")
+        target = getattr(getattr(getattr(torch.ops, space), name), overload)
+        return graph.call_function(target, args, kwargs)
+
+    namespace: dict[str, Any] = {"torch": torch, "math": __import__("math")}
+    exec(compile(text, "<kernel>", "exec"), namespace)
+    graph.output(namespace["compute"](call, *inputs))
+    return fx.GraphModule(torch.nn.Module(), graph)
+
+
+def _said(error: BaseException) -> str:
+    """The last error of the chain, without Inductor's advice on debugging it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: " + "\n".join(lines[:12])
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
