@@ -19,7 +19,7 @@ from workloads import Batch, Problem
 
 def compiled_loop(problem: Problem) -> Prepared:
     """Compiled, which takes a first call."""
-    function = torch.compile(grad_and_value(_meta_loss(problem)), fullgraph=True)
+    function = torch.compile(grad_and_value(meta_loss_of(problem)), fullgraph=True)
     leaves = {label: leaf.detach() for label, leaf in problem.leaves.items()}
     found: Params = {}
 
@@ -38,7 +38,7 @@ def compiled_loop(problem: Problem) -> Prepared:
     return Prepared(call, lambda: found)
 
 
-def _meta_loss(problem: Problem) -> Any:
+def meta_loss_of(problem: Problem) -> Any:
     """``leaves, train, val -> validation loss`` without side effects."""
     rule = rule_of(problem)
     names = [name for name, _ in problem.model.named_parameters()]

@@ -53,7 +53,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            env=os.environ | _environment(cache),
+            env=os.environ | _environment(job, cache),
             start_new_session=True,  # compilers that it starts end with it
         )
 
@@ -121,9 +121,14 @@ def _readable(stream: Any, limit: float) -> bool:
         return bool(selector.select(limit))
 
 
-def _environment(cache: pathlib.Path) -> dict[str, str]:
-    """Caches below one directory, so that what is cold and what is warm is known."""
+def _environment(job: Job, cache: pathlib.Path) -> dict[str, str]:
+    """Caches below one directory, so that what is cold and what is warm is known.
+
+    Comparisons in float64 run side by side, one thread each; what is timed chooses for itself.
+    """
+    alone = {"OMP_NUM_THREADS": "1"} if job.dtype == "float64" else {}
     return {
+        **alone,
         "PYTHONPATH": str(HERE.parent),
         "XDG_CACHE_HOME": str(cache),
         "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),

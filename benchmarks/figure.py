@@ -60,5 +60,3 @@ def _fastest(results: Results, workload: str, peer: str) -> Entry | None:
     if peer == OURS:
         return min(ours(results, workload), key=median, default=None)
     return best(results, workload, peer)
-
-

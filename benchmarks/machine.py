@@ -19,9 +19,8 @@ _SIDE, _REPEATS = 2048, 15
 
 
 def describe() -> dict[str, Any]:
-    """Machine, versions and date."""
+    """Machine and versions: what must be equal for numbers to stand in one table."""
     return {
-        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "cpu": _cpu(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
@@ -29,6 +28,11 @@ def describe() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "versions": {"python": platform.python_version(), **_versions()},
     }
+
+
+def now() -> str:
+    """Date and time, to the second: the name of a run."""
+    return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
 
 
 def load() -> float:

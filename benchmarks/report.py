@@ -1,4 +1,4 @@
-"""The page of results: ``python benchmarks/report.py`` writes ``docs/performance.md`` and its figure.
+"""The page of results: ``python benchmarks/report.py`` writes ``docs/performance.md`` and a figure.
 
 Everything on the page comes from ``benchmarks/results.json``; ``--check`` says whether it does.
 """
@@ -15,10 +15,6 @@ from tables import HEADS, markdown, milliseconds, rows_of
 from targets import TARGETS, Finding, judged
 
 ROOT = pathlib.Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "docs"))
-
-from pages import write_or_compare
-
 RESULTS = pathlib.Path(__file__).with_name("results.json")
 PAGE, FIGURE = ROOT / "docs" / "performance.md", ROOT / "docs" / "performance.png"
 
@@ -34,12 +30,12 @@ it; `python benchmarks/report.py` writes the page from `benchmarks/results.json`
 * *memory* is the peak resident size of a fresh process during one call, less its size before it;
   *planned* is what our plan predicts.
 * *cold* is what compiling takes in a process that finds its caches empty, *warm* in the next one.
-* *products* is the arithmetic floor: the operations of our plan's matrix products and convolutions,
-  at the rate of a large matrix product measured in the same run.
-* A peer has several rows where its documentation recommends several ways; the fastest counts. `nhwc`
-  has images and convolutions in `torch.channels_last`; `checkpoint` is `jax.checkpoint` on the
-  body of the scan; `fused` are torchopt's C++ operators of Adam; torch.compile compiles the whole
-  unrolled loop.
+* *products* is the arithmetic floor: the operations of our plan's matrix products and
+  convolutions, at the rate of a large matrix product measured in the same run.
+* A peer has several rows where its documentation recommends several ways; the fastest counts.
+  `nhwc` has images and convolutions in `torch.channels_last`; `checkpoint` is `jax.checkpoint` on
+  the body of the scan; `fused` are torchopt's C++ operators of Adam; torch.compile compiles the
+  whole unrolled loop, in a pass of its own (`make bench BY=torch.compile`).
 * *plain training* makes the same inner steps with no meta-gradient.
 """
 
@@ -68,17 +64,16 @@ def _machine(results: Results) -> str:
     machine = results["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     lines = [
-        f"Measured on {machine['date']}: {machine['cpu']}, {machine['cores']} cores, "
-        f"{machine['memory'] / 2**30:.0f} GiB, {machine['system']}; {versions}. "
-        f"A large matrix product in float32 runs at {machine['gemm_rate'] / 1e9:.0f} G operations/s. "
-        f"The load average at the start was {machine['load']}."
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['memory'] / 2**30:.0f} GiB, "
+        f"{machine['system']}; {versions}."
     ]
-    runs = sorted({entry["run"] for entry in results["entries"]} - {machine["date"]})
-    if runs:
+    for date, run in results["runs"].items():
         lines.append(
-            f"Some rows are from earlier runs ({', '.join(runs)}); where a target's two numbers "
-            "are from different runs, a star says so."
+            f"* Run of {date}: a large matrix product in float32 at "
+            f"{run['gemm_rate'] / 1e9:.0f} G operations/s, load average {run['load']} at the start."
         )
+    if len(results["runs"]) > 1:
+        lines.append("A star in the targets' table: the two numbers are from different runs.")
     return "\n\n".join(lines)
 
 
@@ -120,7 +115,11 @@ def main() -> int:
         from figure import draw
 
         draw(results, FIGURE)
-    return write_or_compare(PAGE, page_of(results), sys.argv[1:])
+        PAGE.write_text(page_of(results), encoding="utf-8")
+        return 0
+    same = PAGE.read_text(encoding="utf-8") == page_of(results)
+    print("up to date" if same else f"{PAGE.name} differs from what is generated")
+    return 0 if same else 1
 
 
 if __name__ == "__main__":

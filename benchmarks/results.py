@@ -66,4 +66,5 @@ def label(entry: Entry) -> str:
 def arithmetic_floor(results: Results, entry: Entry) -> float | None:
     """Seconds that the products of our plan take at the measured rate of a large one."""
     operations = entry.get("operations")
-    return None if operations is None else operations / results["machine"]["gemm_rate"]
+    rate = results["runs"][entry["run"]]["gemm_rate"]
+    return None if operations is None else operations / rate

@@ -5,7 +5,7 @@ one run. Results go into ``benchmarks/results.json``, where entries of other wor
 are from the same machine and versions; ``benchmarks/report.py`` makes the page from it.
 
 What takes minutes to compile (torch.compile over the whole loop) is measured only if it is named:
-``--by torch.compile --by "unrollc aten"``; its earlier entries stay.
+``--by torch.compile``; else its earlier entries stay.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import sys
 from typing import Annotated, Any
 
 import typer
-from machine import describe, gemm_rate, load
+from machine import describe, gemm_rate, load, now
 from measure import Settings, measured
 from registry import BY_NAME, rows_of
+from results import Results
 from rich.console import Console
 from tables import table_of
 from workloads import WORKLOADS
@@ -26,34 +27,41 @@ from workloads import WORKLOADS
 RESULTS = pathlib.Path(__file__).with_name("results.json")
 
 
-def merged(
-    old: dict[str, Any] | None, machine: dict[str, Any], entries: list[dict[str, Any]]
-) -> dict[str, Any]:
+def merged(old: Results | None, new: Results) -> Results:
     """New entries in the place of old ones; old ones stay only beside the same machine."""
-    new = {(e["workload"], e["implementation"], e["budget"]) for e in entries}
-    kept = []
-    if old is not None and _identity(old["machine"]) == _identity(machine):
-        kept = [
-            e for e in old["entries"] if (e["workload"], e["implementation"], e["budget"]) not in new
-        ]
+    replaced = {_key(entry) for entry in new["entries"]}
+    same = old is not None and old["machine"] == new["machine"]
     order = {name: i for i, name in enumerate(WORKLOADS)}
     rank = {name: i for i, name in enumerate(BY_NAME)}
+    kept = [
+        entry
+        for entry in (old["entries"] if old is not None and same else [])
+        if _key(entry) not in replaced
+        and entry["workload"] in order
+        and entry["implementation"] in rank
+    ]
+    entries = [*kept, *new["entries"]]
+    runs = (old["runs"] if old is not None and same else {}) | new["runs"]
+    used = {entry["run"] for entry in entries}
 
     def place(entry: dict[str, Any]) -> tuple[int, int]:
         return order[entry["workload"]], rank[entry["implementation"]]
 
-    known = [e for e in kept if e["workload"] in order and e["implementation"] in rank]
-    return {"machine": machine, "entries": sorted([*known, *entries], key=place)}
+    return {
+        "machine": new["machine"],
+        "runs": {date: run for date, run in sorted(runs.items()) if date in used},
+        "entries": sorted(entries, key=place),
+    }
 
 
-def _identity(machine: dict[str, Any]) -> Any:
-    return machine["cpu"], machine["cores"], machine["threads"], machine["versions"]
+def _key(entry: dict[str, Any]) -> Any:
+    return entry["workload"], entry["implementation"], entry["budget"]
 
 
 def main(
     names: Annotated[list[str] | None, typer.Argument(help="Workloads; all by default.")] = None,
     by: Annotated[
-        list[str] | None, typer.Option(help="Implementations; by default all but the slowest.")
+        str | None, typer.Option(help="Implementations, comma between; else all but the slowest.")
     ] = None,
     check: Annotated[bool, typer.Option(help="Compare in float64 first.")] = True,
     rounds: Annotated[int, typer.Option(help="Turns, of one timed call or more.")] = 5,
@@ -62,24 +70,24 @@ def main(
     output: Annotated[pathlib.Path, typer.Option(help="Where results go.")] = RESULTS,
 ) -> None:
     """Measure, print a table, write the results."""
-    for given, known in ((names or [], WORKLOADS), (by or [], BY_NAME)):
+    chosen = by.split(",") if by else None
+    for given, known in ((names or [], WORKLOADS), (chosen or [], BY_NAME)):
         for name in given:
             if name not in known:
                 raise typer.BadParameter(f"{name!r} is not one of {', '.join(known)}")
     if steps and output == RESULTS:
         raise typer.BadParameter("another T than the workload's needs an --output of its own")
     console = Console(width=max(Console().width, 110))
-    machine = describe() | {"gemm_rate": gemm_rate(), "load": load()}
-    console.print(f"{machine['cpu']}: {machine['gemm_rate'] / 1e9:.0f} G operations/s in products")
+    machine, date, busy, rate = describe(), now(), load(), gemm_rate()
+    console.print(f"{machine['cpu']}: {rate / 1e9:.0f} G operations/s in products")
+    run = {date: {"gemm_rate": rate, "load": busy}}
     settings = Settings(rounds, check, steps, limit, lambda line: console.print(f"  {line}"))
     for workload in names or WORKLOADS:
         console.print(workload)
-        chosen = [each.name for each in rows_of(workload, by)]
-        entries = [
-            entry | {"run": machine["date"]} for entry in measured(workload, chosen, settings)
-        ]
+        rows = [each.name for each in rows_of(workload, chosen)]
+        entries = [entry | {"run": date} for entry in measured(workload, rows, settings)]
         old = json.loads(output.read_text()) if output.exists() else None
-        results = merged(old, machine, entries)
+        results = merged(old, {"machine": machine, "runs": run, "entries": entries})
         output.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
         console.print(table_of(results, [workload]))
 
