@@ -27,7 +27,7 @@ PROCESSES = 2
 
 
 def compared(
-    workload: str, names: list[str], steps: int, limit: float | None, cache: pathlib.Path
+    workload: str, names: list[str], steps: int, limit: float, cache: pathlib.Path
 ) -> dict[str, dict[str, Any]]:
     """Each implementation's distance to ours, by name: ``worst``, ``leaf``, ``steps``.
 
@@ -36,7 +36,7 @@ def compared(
 
     Args:
         steps: T, if another than what the workload is compared at.
-        limit: Seconds for those that are measured separately, such as torch.compile.
+        limit: Seconds that each may compile.
     """
     reference = f"{OURS} {BACKENDS[0]}"
     steps = steps or WORKLOADS[workload].checked or WORKLOADS[workload].steps
@@ -47,7 +47,7 @@ def compared(
             path = pathlib.Path(folder) / f"{name} {short}.pt"
             try:
                 with serving(job, cache) as worker:
-                    worker.prepare(limit if BY_NAME[name].separate else None)
+                    worker.prepare(limit)
                     losses = worker.save(path)
                 return losses, torch.load(path, weights_only=True)
             except WorkerError as error:

@@ -57,7 +57,7 @@ class Worker:
             start_new_session=True,  # compilers that it starts end with it
         )
 
-    def prepare(self, limit: float | None = None) -> dict[str, Any]:
+    def prepare(self, limit: float) -> dict[str, Any]:
         """Build and compile; the reply has ``seconds`` and facts of the plan."""
         job = self.job
         return self._ask(
@@ -94,6 +94,8 @@ class Worker:
     def _ask(self, limit: float | None, **request: Any) -> dict[str, Any]:
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None and stdout is not None
+        if self._process.poll() is not None:
+            raise WorkerError(self._ending())
         try:
             stdin.write(json.dumps(request) + "\n")
             stdin.flush()

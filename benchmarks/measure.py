@@ -40,7 +40,7 @@ class Settings:
         rounds: Turns of each implementation, with at least one timed call each.
         check: Whether implementations are compared in float64 first.
         steps: T, if not the workload's own.
-        limit: Seconds that an implementation of its own pass may compile.
+        limit: Seconds that an implementation may compile.
         say: Is told what happens.
     """
 
@@ -64,7 +64,7 @@ def measured(workload: str, names: Sequence[str], settings: Settings) -> list[di
             _check(workload, entries, settings, pathlib.Path(folder) / "float64")
         for job, entry in _sound(entries):
             with _recorded(entry, settings.say):
-                entry |= _first(job, caches[job], _limit(job, settings))
+                entry |= _first(job, caches[job], settings.limit)
                 settings.say(f"{job}: {entry['resident'] / 2**20:.0f} MiB")
         _time(entries, caches, settings)
     return list(entries.values())
@@ -95,10 +95,6 @@ def _sound(entries: dict[Job, dict[str, Any]]) -> list[tuple[Job, dict[str, Any]
     return [(job, entry) for job, entry in entries.items() if "failed" not in entry]
 
 
-def _limit(job: Job, settings: Settings) -> float | None:
-    return settings.limit if BY_NAME[job.implementation].separate else None
-
-
 @contextlib.contextmanager
 def _recorded(entry: dict[str, Any], say: Say) -> Any:
     """What an implementation could not do goes into its entry."""
@@ -123,7 +119,7 @@ def _check(
         entry["agreement"] = verdict
 
 
-def _first(job: Job, cache: pathlib.Path, limit: float | None) -> dict[str, Any]:
+def _first(job: Job, cache: pathlib.Path, limit: float) -> dict[str, Any]:
     """Facts, memory, and what to compute the cold compile time from."""
     with serving(job, cache) as worker:
         facts = worker.prepare(limit)
@@ -141,7 +137,7 @@ def _time(
         for job, entry in _sound(entries):
             with _recorded(entry, settings.say):
                 worker = stack.enter_context(serving(job, caches[job]))
-                entry["warm"] = worker.prepare(_limit(job, settings))["seconds"]
+                entry["warm"] = worker.prepare(settings.limit)["seconds"]
                 entry["warm"] += worker.call()[0]
                 entry["seconds"] = []
                 workers[job] = worker

@@ -28,7 +28,9 @@ def median(entry: Entry) -> float:
 
 
 def quartiles(entry: Entry) -> tuple[float, float]:
-    """Between which the middle half of the calls lies."""
+    """Between which the middle half of the calls lies; one call is both."""
+    if len(entry["seconds"]) == 1:
+        return entry["seconds"][0], entry["seconds"][0]
     low, _, high = statistics.quantiles(entry["seconds"], n=4, method="inclusive")
     return low, high
 

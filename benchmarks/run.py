@@ -66,7 +66,7 @@ def main(
     check: Annotated[bool, typer.Option(help="Compare in float64 first.")] = True,
     rounds: Annotated[int, typer.Option(help="Turns, of one timed call or more.")] = 5,
     steps: Annotated[int, typer.Option(help="T, if not the workload's own.")] = 0,
-    limit: Annotated[float, typer.Option(help="Seconds to compile, in a pass of its own.")] = 300,
+    limit: Annotated[float, typer.Option(help="Seconds that each may compile.")] = 300,
     output: Annotated[pathlib.Path, typer.Option(help="Where results go.")] = RESULTS,
 ) -> None:
     """Measure, print a table, write the results."""
