@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import pathlib
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,48 +27,57 @@ SMALLEST = 1e-6
 PROCESSES = 2
 
 
-def compared(
-    workload: str, names: list[str], steps: int, limit: float, cache: pathlib.Path
-) -> dict[str, dict[str, Any]]:
-    """Each implementation's distance to ours, by name: ``worst``, ``leaf``, ``steps``.
+def compared(jobs: Sequence[Job], limit: float, cache: pathlib.Path) -> dict[Job, dict[str, Any]]:
+    """Each job's distance to our fastest plan: ``worst``, ``leaf`` and ``steps``.
 
     Where one cannot do the workload, ``failed`` says why instead; so it does where `worst` exceeds
     `TOLERANCE`. What trains without a meta-gradient is compared by its losses.
 
     Args:
-        steps: T, if another than what the workload is compared at.
+        jobs: As they will be measured, in float32.
         limit: Seconds that each may compile.
     """
-    reference = f"{OURS} {BACKENDS[0]}"
-    steps = steps or WORKLOADS[workload].checked or WORKLOADS[workload].steps
+    doubles = {job: in_float64(job) for job in jobs}
+    references = {job: _reference(double) for job, double in doubles.items()}
+    each = list(dict.fromkeys([*references.values(), *doubles.values()]))
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(PROCESSES) as pool:
 
-        def found(name: str, short: int) -> Any:
-            job = Job(workload, name, None, short, "float64")
-            path = pathlib.Path(folder) / f"{name} {short}.pt"
+        def found(number: int) -> Any:
+            path = pathlib.Path(folder) / f"{number}.pt"
             try:
-                with serving(job, cache) as worker:
+                with serving(each[number], cache) as worker:
                     worker.prepare(limit)
                     losses = worker.save(path)
                 return losses, torch.load(path, weights_only=True)
             except WorkerError as error:
                 return str(error)
 
-        lengths = {name: min(steps, BY_NAME[name].checked or steps) for name in names}
-        jobs = {(reference, length) for length in lengths.values()} | set(lengths.items())
-        results = dict(zip(jobs, pool.map(lambda job: found(*job), jobs), strict=True))
+        results = dict(zip(each, pool.map(found, range(len(each))), strict=True))
     return {
-        name: _verdict(name, length, results[name, length], results[reference, length])
-        for name, length in lengths.items()
+        job: _verdict(double, results[double], results[references[job]])
+        for job, double in doubles.items()
     }
 
 
-def _verdict(name: str, steps: int, result: Any, reference: Any) -> dict[str, Any]:
+def in_float64(job: Job) -> Job:
+    """What is compared: fewer steps where float64 is slow, twice the budget for twice the bytes."""
+    workload, most = WORKLOADS[job.workload], BY_NAME[job.implementation].checked
+    steps = job.steps or workload.checked or workload.steps
+    budget = job.budget and f"{2 * int(job.budget.removesuffix('MiB'))}MiB"
+    return replace(job, steps=min(steps, most or steps), budget=budget, dtype="float64")
+
+
+def _reference(job: Job) -> Job:
+    return replace(job, implementation=f"{OURS} {BACKENDS[0]}", budget=None)
+
+
+def _verdict(job: Job, result: Any, reference: Any) -> dict[str, Any]:
+    steps, trains = job.steps, BY_NAME[job.implementation].peer == FLOOR
     for each in (reference, result):
         if isinstance(each, str):
             return {"steps": steps, "failed": each}
-    expected = _losses(reference) if BY_NAME[name].peer == FLOOR else reference[1]
-    actual = _losses(result) if BY_NAME[name].peer == FLOOR else result[1]
+    expected = _losses(reference) if trains else reference[1]
+    actual = _losses(result) if trains else result[1]
     leaf, worst = distance(actual, expected)
     if not math.isfinite(worst):
         return {"steps": steps, "failed": f"its meta-gradient of {leaf} is missing or not finite"}

@@ -61,7 +61,7 @@ def measured(workload: str, names: Sequence[str], settings: Settings) -> list[di
     with tempfile.TemporaryDirectory() as folder:
         caches = {job: pathlib.Path(folder) / str(job) for job in entries}
         if settings.check:
-            _check(workload, entries, settings, pathlib.Path(folder) / "float64")
+            _check(entries, settings, pathlib.Path(folder) / "float64")
         for job, entry in _sound(entries):
             with _recorded(entry, settings.say):
                 entry |= _first(job, caches[job], settings.limit)
@@ -105,14 +105,10 @@ def _recorded(entry: dict[str, Any], say: Say) -> Any:
         say(f"{entry['implementation']}: {error}")
 
 
-def _check(
-    workload: str, entries: dict[Job, dict[str, Any]], settings: Settings, cache: pathlib.Path
-) -> None:
-    asked = _sound(entries)
-    names = list(dict.fromkeys(job.implementation for job, _ in asked))
-    found = compared(workload, names, settings.steps, settings.limit, cache)
-    for job, entry in asked:
-        verdict = dict(found[job.implementation])
+def _check(entries: dict[Job, dict[str, Any]], settings: Settings, cache: pathlib.Path) -> None:
+    sound = dict(_sound(entries))
+    for job, verdict in compared(list(sound), settings.limit, cache).items():
+        entry = entries[job]
         if "failed" in verdict:
             entry["failed"] = verdict.pop("failed")
             settings.say(f"{job}: {entry['failed']}")

@@ -9,7 +9,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from agreement import TOLERANCE, _verdict, distance
+from agreement import TOLERANCE, _verdict, distance, in_float64
+from driver import Job
 
 EXPECTED = {"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([1.0])}
 
@@ -40,11 +41,22 @@ def test_rounding_of_a_zero_gradient_is_forgiven_and_a_real_error_beside_it_is_n
 
 
 def test_verdicts() -> None:
+    peer, floor = (Job("mlp", name, None, 3) for name in ("higher", "plain training"))
     reference = ([1.0], EXPECTED)
     wrong = ([1.0], EXPECTED | {"b": torch.tensor([1.1])})
-    assert _verdict("higher", 3, reference, reference) == {"steps": 3, "worst": 0.0, "leaf": ""}
-    assert _verdict("higher", 3, wrong, reference)["failed"].startswith("its meta-gradient of b")
-    assert _verdict("higher", 3, "why not", reference)["failed"] == "why not"
+    nothing = ([1.0], {})
+    assert _verdict(peer, reference, reference) == {"steps": 3, "worst": 0.0, "leaf": ""}
+    assert _verdict(peer, wrong, reference)["failed"].startswith("its meta-gradient of b")
+    assert "missing" in _verdict(peer, nothing, reference)["failed"]
+    assert _verdict(peer, "why not", reference)["failed"] == "why not"
     # What trains without a meta-gradient is judged by its losses.
-    assert "failed" not in _verdict("plain training", 3, ([1.0], {}), reference)
-    assert "failed" in _verdict("plain training", 3, ([1.1], {}), reference)
+    assert "failed" not in _verdict(floor, nothing, reference)
+    assert "failed" in _verdict(floor, ([1.1], {}), reference)
+
+
+def test_jobs_are_compared_in_float64_with_room_for_it() -> None:
+    lean = in_float64(Job("gpt-sgd", "unrollc aten", "200MiB"))
+    assert (lean.budget, lean.steps, lean.dtype) == ("400MiB", 8, "float64")
+    assert in_float64(Job("mlp-long", "jax")).steps == 100
+    assert in_float64(Job("mlp-long", "torch.compile")).steps == 2
+    assert in_float64(Job("mlp-long", "jax", steps=3)).steps == 3
