@@ -1,4 +1,4 @@
-"""The workloads run by unrollc, by plain PyTorch and by ``higher``, with the same arithmetic.
+"""The workloads run by unrollc and by plain PyTorch, with the same arithmetic.
 
 Each implementation is a function ``problem -> call``; ``call()`` makes one meta-gradient, summed
 over the problem's tasks, into ``.grad`` of the problem's leaves and returns the validation losses.
@@ -181,42 +181,3 @@ _RULES: dict[type[torch.optim.Optimizer], Callable[..., tuple[Params, State]]] =
     torch.optim.Adam: _adam,
     LearnedOptimizer: _learned,
 }
-
-
-def higher_loop(problem: Problem) -> Call:
-    """The loop of ``higher``, whose optimizers are differentiable copies of those of torch.
-
-    Raises:
-        ValueError: For an optimizer of the user's own, which it has no copy of.
-    """
-    import higher
-
-    if isinstance(problem.opt, LearnedOptimizer):
-        raise ValueError("higher has no differentiable copy of a learned optimizer")
-    groups = problem.opt.param_groups
-    learned = isinstance(groups[0]["lr"], Tensor)
-    override = {"lr": [group["lr"] for group in groups]} if learned else None
-
-    def run(train: Batch, val: Batch) -> Tensor:
-        kwargs = {"copy_initial_weights": False, "override": override}
-        with higher.innerloop_ctx(problem.model, problem.opt, **kwargs) as (model, opt):
-            for j in range(problem.steps):
-                inputs, target = problem.batch_of(train, j)
-                now = _higher_override(problem, j)
-                opt.step(problem.loss(model(inputs), target), override=now)
-            return problem.loss(model(val[0]), val[1])
-
-    return torch_call(problem, run)
-
-
-def _higher_override(problem: Problem, step: int) -> dict[str, list[Any]] | None:
-    """Settings of one inner step: a rate of its own, or the ε that makes its Adam that of torch.
-
-    higher adds ε to √v where torch adds it to √v / √(1 − β₂ᵗ).
-    """
-    if problem.rates is not None:
-        return {"lr": [problem.rates[step]]}
-    if isinstance(problem.opt, torch.optim.Adam):
-        group = problem.opt.param_groups[0]
-        return {"eps": [group["eps"] * (1 - group["betas"][1] ** (step + 1)) ** 0.5]}
-    return None

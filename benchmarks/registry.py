@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from implementations import Call, compiled, data_of, higher_loop, unrolled
+from implementations import Call, compiled, data_of, unrolled
 from plain import plain_training
 from prepared import Prepared
 from torch import Tensor
@@ -113,6 +113,12 @@ def _jax(checkpoint: bool) -> Make:
     return make
 
 
+def _higher(problem: Problem) -> Call:
+    from higher_loop import higher_loop
+
+    return higher_loop(problem)
+
+
 def _torchopt(accelerated: bool) -> Make:
     def loop(problem: Problem) -> Call:
         from torchopt_loop import torchopt_loop
@@ -135,8 +141,8 @@ IMPLEMENTATIONS = (
     *(Implementation(f"{OURS} {backend}", OURS, _program(backend)) for backend in BACKENDS),
     Implementation("torch.func", "torch.func", _eager(unrolled)),
     Implementation("torch.func nhwc", "torch.func", _eager(unrolled, True), _IMAGES),
-    Implementation("higher", "higher", _eager(higher_loop), package="higher"),
-    Implementation("higher nhwc", "higher", _eager(higher_loop, True), _IMAGES, "higher"),
+    Implementation("higher", "higher", _eager(_higher), package="higher"),
+    Implementation("higher nhwc", "higher", _eager(_higher, True), _IMAGES, "higher"),
     Implementation("torchopt", "torchopt", _torchopt(False), package="torchopt"),
     Implementation("torchopt fused", "torchopt", _torchopt(True), _ADAM, "torchopt"),
     Implementation("jax", "JAX", _jax(False), package="jax"),
