@@ -11,7 +11,7 @@ import sys
 
 from registry import FLOOR
 from results import Results, best, best_peer, label, median, ours, workloads_of
-from tables import HEADS, markdown, milliseconds, rows_of
+from tables import HEADS, markdown, milliseconds, reasons, rows_of
 from targets import TARGETS, Finding, judged
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -57,6 +57,7 @@ def page_of(results: Results) -> str:
     for workload in workloads_of(results):
         steps = next(e["steps"] for e in results["entries"] if e["workload"] == workload)
         parts += [f"## {workload}, T = {steps:,}", markdown(HEADS, rows_of(results, workload))]
+        parts += [f"* {reason}" for reason in reasons(results, workload)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -64,7 +65,8 @@ def _machine(results: Results) -> str:
     machine = results["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     lines = [
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['memory'] / 2**30:.0f} GiB, "
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} of torch's threads, "
+        f"{machine['memory'] / 2**30:.0f} GiB, "
         f"{machine['system']}; {versions}."
     ]
     for date, run in results["runs"].items():

@@ -26,6 +26,9 @@ from workloads import WORKLOADS
 
 RESULTS = pathlib.Path(__file__).with_name("results.json")
 
+#: The load average above which others compute as well; the shell that starts this is some of it.
+QUIET = 0.7
+
 
 def merged(old: Results | None, new: Results) -> Results:
     """New entries in the place of old ones; old ones stay only beside the same machine."""
@@ -77,9 +80,11 @@ def main(
                 raise typer.BadParameter(f"{name!r} is not one of {', '.join(known)}")
     if steps and output == RESULTS:
         raise typer.BadParameter("another T than the workload's needs an --output of its own")
-    console = Console(width=max(Console().width, 110))
+    console = Console(width=max(Console().width, 130))
     machine, date, busy, rate = describe(), now(), load(), gemm_rate()
     console.print(f"{machine['cpu']}: {rate / 1e9:.0f} G operations/s in products")
+    if busy > QUIET:
+        console.print(f"The machine is busy: load average {busy}. Numbers will be of little use.")
     run = {date: {"gemm_rate": rate, "load": busy}}
     settings = Settings(rounds, check, steps, limit, lambda line: console.print(f"  {line}"))
     for workload in names or WORKLOADS:
@@ -89,7 +94,7 @@ def main(
         old = json.loads(output.read_text()) if output.exists() else None
         results = merged(old, {"machine": machine, "runs": run, "entries": entries})
         output.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-        console.print(table_of(results, [workload]))
+        console.print(table_of(results, workload))
 
 
 if __name__ == "__main__":

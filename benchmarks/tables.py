@@ -24,14 +24,23 @@ HEADS = (
 
 
 def rows_of(results: Results, workload: str) -> list[list[str]]:
-    """One row an entry, as `HEADS` says; where there is no number, the reason."""
+    """One row an entry, as `HEADS` says; ``no`` where there is no number."""
     peer = best_peer(results, workload)
     return [_row(results, entry, peer) for entry in entries_of(results, workload)]
 
 
+def reasons(results: Results, workload: str) -> list[str]:
+    """Why there is no number, for each row without one."""
+    return [
+        f"{label_of(entry)}: no: {entry['failed']}"
+        for entry in entries_of(results, workload)
+        if "failed" in entry
+    ]
+
+
 def _row(results: Results, entry: Entry, peer: Entry | None) -> list[str]:
     if "failed" in entry:
-        return [label_of(entry), f"no: {entry['failed']}", *[""] * (len(HEADS) - 2)]
+        return [label_of(entry), "no", *[""] * (len(HEADS) - 2)]
     floor = arithmetic_floor(results, entry)
     predicted = entry.get("predicted")
     low, high = quartiles(entry)
@@ -60,15 +69,15 @@ def mebibytes(count: int) -> str:
     return f"{count / 2**20:.1f}"
 
 
-def table_of(results: Results, workloads: Sequence[str]) -> Table:
-    """For the terminal."""
-    table = Table(title=", ".join(workloads), title_justify="left")
-    table.add_column(HEADS[0])
+def table_of(results: Results, workload: str) -> Table:
+    """For the terminal; the reasons stand below it."""
+    caption = "\n".join(reasons(results, workload))
+    table = Table(title=workload, title_justify="left", caption=caption, caption_justify="left")
+    table.add_column(HEADS[0], no_wrap=True)
     for head in HEADS[1:]:
-        table.add_column(head, justify="right", overflow="fold")
-    for workload in workloads:
-        for row in rows_of(results, workload):
-            table.add_row(*row)
+        table.add_column(head, justify="right")
+    for row in rows_of(results, workload):
+        table.add_row(*row)
     return table
 
 

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 from report import FIGURE, PAGE, RESULTS, page_of
 from results import best, best_peer
-from tables import HEADS, rows_of
+from tables import HEADS, reasons, rows_of
 from targets import TARGETS, Target, judged
 from workloads import WORKLOADS
 
@@ -82,7 +82,9 @@ def test_rows_have_numbers_or_a_reason() -> None:
     assert rows["unrollc aten"]["ms a call"] == "200"
     assert rows["unrollc aten"]["× best peer"] == "0.50"
     assert rows["unrollc aten"]["products ms"] == "100"
-    assert rows["torchopt"]["ms a call"] == "no: it cannot"
+    assert rows["torchopt"]["ms a call"] == "no"
+    assert reasons(small(), "mlp-small") == ["torchopt: no: it cannot"]
+    assert "it cannot" in page_of(small())
 
 
 @pytest.mark.parametrize(
