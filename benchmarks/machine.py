@@ -15,6 +15,9 @@ import torch
 
 PACKAGES = ("torch", "jax", "jaxlib", "higher", "torchopt", "numpy")
 
+#: The load average above which others compute as well; what starts a run is some of it.
+QUIET = 0.7
+
 _SIDE, _REPEATS = 2048, 15
 
 

@@ -9,6 +9,7 @@ import json
 import pathlib
 import sys
 
+from machine import QUIET
 from registry import FLOOR
 from results import Results, best, best_peer, label, median, ours, workloads_of
 from tables import HEADS, markdown, milliseconds, reasons, rows_of
@@ -73,6 +74,7 @@ def _machine(results: Results) -> str:
         lines.append(
             f"* Run of {date}: a large matrix product in float32 at "
             f"{run['gemm_rate'] / 1e9:.0f} G operations/s, load average {run['load']} at the start."
+            + (" The machine was busy: these numbers are of little use." * (run["load"] > QUIET))
         )
     if len(results["runs"]) > 1:
         lines.append("A star in the targets' table: the two numbers are from different runs.")

@@ -16,7 +16,7 @@ import sys
 from typing import Annotated, Any
 
 import typer
-from machine import describe, gemm_rate, load, now
+from machine import QUIET, describe, gemm_rate, load, now
 from measure import Settings, measured
 from registry import BY_NAME, rows_of
 from results import Results
@@ -25,9 +25,6 @@ from tables import table_of
 from workloads import WORKLOADS
 
 RESULTS = pathlib.Path(__file__).with_name("results.json")
-
-#: The load average above which others compute as well; the shell that starts this is some of it.
-QUIET = 0.7
 
 
 def merged(old: Results | None, new: Results) -> Results:

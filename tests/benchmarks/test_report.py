@@ -63,6 +63,12 @@ def test_the_page_agrees_with_the_results() -> None:
     assert FIGURE.exists()
 
 
+def test_a_busy_machine_is_named_on_the_page() -> None:
+    busy = small()
+    busy["runs"]["today"]["load"] = 3.0
+    assert "was busy" in page_of(busy) and "was busy" not in page_of(small())
+
+
 def test_a_changed_number_is_told_apart() -> None:
     """The broken twin."""
     other = small()
