@@ -130,17 +130,20 @@ def _time(
     """Fill in ``seconds`` and ``warm``, and take the median call off both compile times."""
     with contextlib.ExitStack() as stack:
         workers: dict[Job, Worker] = {}
+        expected: dict[Job, float] = {}
         for job, entry in _sound(entries):
             with _recorded(entry, settings.say):
                 worker = stack.enter_context(serving(job, caches[job]))
                 entry["warm"] = worker.prepare(settings.limit)["seconds"]
-                entry["warm"] += worker.call()[0]
+                expected[job] = worker.call()[0]
+                entry["warm"] += expected[job]
                 entry["seconds"] = []
                 workers[job] = worker
         for _ in range(settings.rounds):
             for job, entry in _sound(entries):
                 with _recorded(entry, settings.say):
-                    entry["seconds"] += _turn(workers[job], entry["seconds"])
+                    entry["seconds"] += _turn(workers[job], expected[job])
+                    expected[job] = statistics.median(entry["seconds"])
         for job, entry in _sound(entries):
             median = statistics.median(entry["seconds"])
             for key in ("cold", "warm"):
@@ -149,9 +152,12 @@ def _time(
             settings.say(f"{job}: {median * 1e3:.1f} ms")
 
 
-def _turn(worker: Worker, before: Sequence[float]) -> list[float]:
-    """One call, or several after one that brings the caches back."""
+def _turn(worker: Worker, expected: float) -> list[float]:
+    """One call, or several after one that brings the caches back.
+
+    Args:
+        expected: Seconds of a call, at most: the first call's before there are others.
+    """
     time.sleep(PAUSE)
-    expected = statistics.median(before) if before else min(worker.call(2))
     times = min(MOST_CALLS, int(TURN / expected))
     return worker.call(1) if times <= 1 else worker.call(1 + times)[1:]

@@ -21,7 +21,8 @@ Make = Callable[[Problem, str | None], Prepared]
 
 OURS, FLOOR = "unrollc", "plain training"
 
-#: Workloads whose networks are convolutional, where memory formats differ.
+#: Workloads whose networks are convolutional, where memory formats differ. They are tried with
+#: torch.func and in plain training; higher and torchopt run the same ops as torch.func.
 _IMAGES = frozenset({"maml-conv4", "densenet-lr", "distill"})
 _ADAM = frozenset({"mlp-small", "mlp", "mlp-long-1000", "mlp-long", "gpt-adam"})
 
@@ -142,7 +143,6 @@ IMPLEMENTATIONS = (
     Implementation("torch.func", "torch.func", _eager(unrolled)),
     Implementation("torch.func nhwc", "torch.func", _eager(unrolled, True), _IMAGES),
     Implementation("higher", "higher", _eager(_higher), package="higher"),
-    Implementation("higher nhwc", "higher", _eager(_higher, True), _IMAGES, "higher"),
     Implementation("torchopt", "torchopt", _torchopt(False), package="torchopt"),
     Implementation("torchopt fused", "torchopt", _torchopt(True), _ADAM, "torchopt"),
     Implementation("jax", "JAX", _jax(False), package="jax"),

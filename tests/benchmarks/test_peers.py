@@ -30,10 +30,18 @@ NAMES = [name for name in WORKLOADS if not name.startswith("mlp-long")]
 WRONG = {("mlp-small", "torchopt fused"), ("mlp", "torchopt fused"), ("gpt-adam", "torchopt fused")}
 
 
+#: Samples in a batch, where the workload's own take long.
+SAMPLES = {"gpt-sgd": 1, "gpt-adam": 1, "densenet-lr": 3}
+
+
 def problem_of(name: str) -> Problem:
-    """A workload with few steps and one task."""
+    """A workload with few steps, few samples and one task."""
     problem = build(name, STEPS.get(name, 1), torch.float64)
-    return dataclasses.replace(problem, tasks=problem.tasks[:1])
+    train, val = problem.tasks[0]
+    if (count := SAMPLES.get(name)) is not None:
+        train = train[0][:, :count], train[1][:, :count]
+        val = val[0][:count], val[1][:count]
+    return dataclasses.replace(problem, tasks=((train, val),))
 
 
 def results_of(name: str, implementation: str) -> tuple[list[float], dict[str, torch.Tensor]]:
