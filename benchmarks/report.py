@@ -24,13 +24,15 @@ _HOW = """\
 it; `python benchmarks/report.py` writes the page from `benchmarks/results.json`.
 
 * Every implementation has the same initial weights and data. Before anything is timed, the
-  meta-gradients of all are compared with ours in float64; *apart* is the largest relative error of
-  any of them. What is further apart than 1e-8 is not timed.
+  meta-gradients of all are compared with ours in float64, at a smaller T where float64 is slow;
+  *apart* is the largest relative error of any of them. What is further apart than 1e-8 is not
+  timed.
 * Each lives in a process of its own, with its own choice of threads. They take turns; *ms a call*
   is the median of the timed calls, beside the range of the middle half of them.
-* *memory* is the peak resident size of a fresh process during one call, less its size before it;
-  *planned* is what our plan predicts.
-* *cold* is what compiling takes in a process that finds its caches empty, *warm* in the next one.
+* *memory* is the peak resident size of a fresh process during one call, less its size before it,
+  with everything compiled that can be ahead of a call; *planned* is what our plan predicts.
+* *cold* is what compiling takes in a process that finds its caches empty, *warm* in the next one:
+  preparation, and what the first call takes beyond the median one.
 * *products* is the arithmetic floor: the operations of our plan's matrix products and
   convolutions, at the rate of a large matrix product measured in the same run.
 * A peer has several rows where its documentation recommends several ways; the fastest counts.

@@ -55,8 +55,17 @@ def _row(results: Results, entry: Entry, peer: Entry | None) -> list[str]:
         f"{entry['cold']:.1f}",
         f"{entry['warm']:.1f}",
         "" if floor is None else milliseconds(floor),
-        f"{entry['agreement']['worst']:.0e}" if entry.get("agreement") else "",
+        _apart(entry),
     ]
+
+
+def _apart(entry: Entry) -> str:
+    """The error, with T if another than what is measured."""
+    agreement = entry.get("agreement")
+    if agreement is None:
+        return "not compared"
+    shorter = "" if agreement["steps"] == entry["steps"] else f" (T = {agreement['steps']})"
+    return f"{agreement['worst']:.0e}{shorter}"
 
 
 def milliseconds(seconds: float) -> str:

@@ -48,7 +48,7 @@ def small() -> dict[str, Any]:
         "runs": {"today": {"gemm_rate": 1e9, "load": 0.5}},
         "entries": [
             entry("unrollc aten", "unrollc", [0.1, 0.2, 0.3], operations=10**8),
-            entry("higher", "higher", [0.9, 1.0, 1.2]),
+            entry("higher", "higher", [0.9, 1.0, 1.2], agreement={"worst": 2e-15, "steps": 2}),
             entry("jax", "JAX", [0.5, 0.5, 0.5]),
             entry("jax checkpoint", "JAX", [0.4, 0.4, 0.4], resident=2**22),
             entry("plain training", "plain training", [0.05]),
@@ -88,6 +88,8 @@ def test_rows_have_numbers_or_a_reason() -> None:
     assert rows["unrollc aten"]["ms a call"] == "200"
     assert rows["unrollc aten"]["× best peer"] == "0.50"
     assert rows["unrollc aten"]["products ms"] == "100"
+    assert rows["jax"]["apart"] == "not compared"
+    assert rows["higher"]["apart"] == "2e-15 (T = 2)"
     assert rows["torchopt"]["ms a call"] == "no"
     assert reasons(small(), "mlp-small") == ["torchopt: no: it cannot"]
     assert "it cannot" in page_of(small())
