@@ -5,10 +5,15 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 TESTABLE := $(VENV)/.testable
+BENCHABLE := $(VENV)/.benchable
+
+# Names of workloads with spaces between, of implementations with commas between.
+WORKLOADS ?=
+BY ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint bench clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-13s %s\n", $$1, $$2 }'
@@ -23,6 +28,10 @@ lint: $(READY) ## style, formatting and types
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+
+bench: $(BENCHABLE) ## measure every workload and peer, and write docs/performance.md
+	$(RUN) benchmarks/run.py $(WORKLOADS) $(if $(BY),--by "$(BY)")
+	$(RUN) benchmarks/report.py
 
 clean: ## remove the environment, caches and build products
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -42,4 +51,9 @@ $(READY): requirements-dev.txt pyproject.toml
 # Models and optimizers of other libraries, which only the tests capture.
 $(TESTABLE): requirements-test.txt $(READY)
 	@$(RUN) -m pip install -qq --disable-pip-version-check -r requirements-test.txt
+	@touch $@
+
+# The peers that measurements compare with.
+$(BENCHABLE): requirements-bench.txt $(READY)
+	@$(RUN) -m pip install -qq --disable-pip-version-check -r requirements-bench.txt
 	@touch $@

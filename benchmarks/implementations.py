@@ -1,4 +1,4 @@
-"""The workloads run by unrollc, by plain PyTorch and by ``higher``, with the same arithmetic.
+"""The workloads run by unrollc and by plain PyTorch, with the same arithmetic.
 
 Each implementation is a function ``problem -> call``; ``call()`` makes one meta-gradient, summed
 over the problem's tasks, into ``.grad`` of the problem's leaves and returns the validation losses.
@@ -6,6 +6,7 @@ over the problem's tasks, into ``.grad`` of the problem's leaves and returns the
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,12 +24,19 @@ Params = dict[str, Tensor]
 State = dict[str, Any]
 
 
-def compiled(problem: Problem, memory: str | None = None) -> tuple[Any, Call]:
+def compiled(
+    problem: Problem, memory: str | None = None, backend: str = "auto"
+) -> tuple[Any, Call]:
     """The program of unrollc and its call; the first call lowers it, if nothing did before."""
     if problem.rates is not None:
         problem.opt.param_groups[0]["lr"] = unrollc.PerStep(problem.rates)
     program = unrollc.compile(
-        problem.model, problem.opt, problem.loss, meta=_requested(problem), memory=memory
+        problem.model,
+        problem.opt,
+        problem.loss,
+        meta=_requested(problem),
+        memory=memory,
+        backend=backend,
     )
 
     def call() -> list[float]:
@@ -55,17 +63,27 @@ def _requested(problem: Problem) -> list[Any]:
 
 def unrolled(problem: Problem) -> Call:
     """Every inner step on one autograd graph: ``functional_call`` and ``create_graph=True``."""
-    rule = _RULES[type(problem.opt)]
+    rule = rule_of(problem)
 
     def run(train: Batch, val: Batch) -> Tensor:
         params = dict(problem.model.named_parameters())
         buffers = {name: b.clone() for name, b in problem.model.named_buffers()}
         state: State = {}
         for j in range(problem.steps):
-            loss = _loss(problem, (params, buffers), problem.batch_of(train, j))
+            loss = batch_loss(problem, (params, buffers), problem.batch_of(train, j))
             grads = torch.autograd.grad(loss, list(params.values()), create_graph=True)
-            params, state = rule(problem, j, params, grads, state)
-        return _loss(problem, (params, buffers), val)
+            params, state = rule(problem.leaves, j, params, grads, state)
+        return batch_loss(problem, (params, buffers), val)
+
+    return torch_call(problem, run)
+
+
+def torch_call(problem: Problem, run: Callable[[Batch, Batch], Tensor]) -> Call:
+    """Task after task, forward and backward, into ``.grad`` of the leaves.
+
+    Args:
+        run: ``train, val -> validation loss``, with an autograd graph back to the leaves.
+    """
 
     def call() -> list[float]:
         losses = []
@@ -80,42 +98,60 @@ def unrolled(problem: Problem) -> Call:
     return call
 
 
-def _loss(problem: Problem, values: tuple[Params, Params], batch: Batch) -> Tensor:
+def batch_loss(problem: Problem, values: tuple[Params, Params], batch: Batch) -> Tensor:
+    """The loss of a batch with other parameters and buffers in the model."""
     return problem.loss(functional_call(problem.model, values, (batch[0],)), batch[1])
 
 
-def _rate(problem: Problem, step: int, index: int) -> Any:
-    groups = problem.opt.param_groups
-    return problem.rates[step] if problem.rates is not None else groups[index % len(groups)]["lr"]
+def rule_of(problem: Problem) -> Callable[..., tuple[Params, State]]:
+    """The optimizer's update: ``leaves, step, params, grads, state -> params, state``."""
+    return functools.partial(_RULES[type(problem.opt)], problem)
+
+
+def _rate(problem: Problem, leaves: Params, step: int, name: str) -> Any:
+    if problem.rates is not None:
+        return leaves["learning rates"][step]
+    return leaves.get(f"lr of {name}", problem.opt.param_groups[0]["lr"])
 
 
 def _sgd(
-    problem: Problem, step: int, params: Params, grads: Sequence[Tensor], state: State
+    problem: Problem,
+    leaves: Params,
+    step: int,
+    params: Params,
+    grads: Sequence[Tensor],
+    state: State,
 ) -> tuple[Params, State]:
     """SGD with or without momentum (no dampening)."""
     new, moved = {}, {}
-    for i, ((name, p), g) in enumerate(zip(params.items(), grads, strict=True)):
+    for (name, p), g in zip(params.items(), grads, strict=True):
         if momentum := problem.opt.param_groups[0]["momentum"]:
             g = momentum * state[name] + g if state else g
             moved[name] = g
-        new[name] = p - _rate(problem, step, i) * g
+        new[name] = p - _rate(problem, leaves, step, name) * g
     return new, moved
 
 
 def _adam(
-    problem: Problem, step: int, params: Params, grads: Sequence[Tensor], state: State
+    problem: Problem,
+    leaves: Params,
+    step: int,
+    params: Params,
+    grads: Sequence[Tensor],
+    state: State,
 ) -> tuple[Params, State]:
     """Adam, as `torch.optim` computes it, with the root kept off 0 where its slope is infinite."""
     group = problem.opt.param_groups[0]
     (beta1, beta2), eps = group["betas"], group["eps"]
     new, moments = {}, {}
     scale1, scale2 = 1 - beta1 ** (step + 1), (1 - beta2 ** (step + 1)) ** 0.5
-    for i, ((name, p), g) in enumerate(zip(params.items(), grads, strict=True)):
+    for (name, p), g in zip(params.items(), grads, strict=True):
         mean, square = state.get(name, (torch.zeros_like(p), torch.zeros_like(p)))
         mean = beta1 * mean + (1 - beta1) * g
         square = beta2 * square + (1 - beta2) * g * g
         moments[name] = mean, square
-        new[name] = p - _rate(problem, step, i) / scale1 * mean / (_root(square) / scale2 + eps)
+        rate = _rate(problem, leaves, step, name)
+        new[name] = p - rate / scale1 * mean / (_root(square) / scale2 + eps)
     return new, moments
 
 
@@ -124,11 +160,17 @@ def _root(square: Tensor) -> Tensor:
 
 
 def _learned(
-    problem: Problem, step: int, params: Params, grads: Sequence[Tensor], state: State
+    problem: Problem,
+    leaves: Params,
+    step: int,
+    params: Params,
+    grads: Sequence[Tensor],
+    state: State,
 ) -> tuple[Params, State]:
     net = problem.opt.net
     flat = torch.cat([g.flatten() for g in grads])
-    updates, memory = net(flat, state.get("memory") or net.blank(flat))
+    memory = state.get("memory") or net.blank(flat)
+    updates, memory = functional_call(net, leaves, (flat, memory))
     parts = updates.split([p.numel() for p in params.values()])
     new = {name: p + u.view_as(p) for (name, p), u in zip(params.items(), parts, strict=True)}
     return new, {"memory": memory}
@@ -139,39 +181,3 @@ _RULES: dict[type[torch.optim.Optimizer], Callable[..., tuple[Params, State]]] =
     torch.optim.Adam: _adam,
     LearnedOptimizer: _learned,
 }
-
-
-def higher_loop(problem: Problem) -> Call:
-    """The loop of ``higher``, whose optimizers are differentiable copies of those of torch.
-
-    Raises:
-        ValueError: For an optimizer of the user's own, which it has no copy of.
-    """
-    import higher
-
-    if isinstance(problem.opt, LearnedOptimizer):
-        raise ValueError("higher has no differentiable copy of a learned optimizer")
-    groups = problem.opt.param_groups
-    learned = isinstance(groups[0]["lr"], Tensor)
-    override = {"lr": [group["lr"] for group in groups]} if learned else None
-
-    def call() -> list[float]:
-        losses = []
-        with sdpa_kernel(SDPBackend.MATH):
-            for train, val in problem.tasks:
-                loss = run(train, val)
-                loss.backward(inputs=list(problem.leaves.values()))
-                losses.append(loss.item())
-                del loss
-        return losses
-
-    def run(train: Batch, val: Batch) -> Tensor:
-        kwargs = {"copy_initial_weights": False, "override": override}
-        with higher.innerloop_ctx(problem.model, problem.opt, **kwargs) as (model, opt):
-            for j in range(problem.steps):
-                inputs, target = problem.batch_of(train, j)
-                now = None if problem.rates is None else {"lr": [problem.rates[j]]}
-                opt.step(problem.loss(model(inputs), target), override=now)
-            return problem.loss(model(val[0]), val[1])
-
-    return call

@@ -49,7 +49,7 @@ def lenet(classes: int = 10) -> nn.Sequential:
     )
 
 
-class _Attention(nn.Module):
+class Attention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
@@ -61,11 +61,11 @@ class _Attention(nn.Module):
         return self.out(mixed.transpose(1, 2).flatten(-2))
 
 
-class _Block(nn.Module):
+class Block(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attention = _Attention(width, heads)
+        self.attention = Attention(width, heads)
         self.wide = nn.Sequential(
             nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
         )
@@ -81,7 +81,7 @@ class GPT(nn.Module):
     def __init__(self, layers: int, width: int, heads: int, length: int, words: int) -> None:
         super().__init__()
         self.words, self.positions = nn.Embedding(words, width), nn.Embedding(length, width)
-        self.blocks = nn.Sequential(*(_Block(width, heads) for _ in range(layers)))
+        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, words, bias=False)
         for embedding in (self.words, self.positions):
             nn.init.normal_(embedding.weight, std=0.02)
@@ -91,7 +91,7 @@ class GPT(nn.Module):
         return self.head(self.norm(self.blocks(x)))
 
 
-class _Bottleneck(nn.Module):
+class Bottleneck(nn.Module):
     def __init__(self, channels: int, growth: int) -> None:
         super().__init__()
         self.norm_1, self.norm_2 = nn.BatchNorm2d(channels), nn.BatchNorm2d(4 * growth)
@@ -109,7 +109,7 @@ def densenet(depth: int = 40, growth: int = 12, classes: int = 10) -> nn.Sequent
     layers.append(nn.Conv2d(3, channels, 3, padding=1, bias=False))
     for block in range(3):
         for _ in range((depth - 4) // 6):
-            layers.append(_Bottleneck(channels, growth))
+            layers.append(Bottleneck(channels, growth))
             channels += growth
         layers += [nn.BatchNorm2d(channels), nn.ReLU()]
         if block < 2:

@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from implementations import Call, compiled, data_of, higher_loop, unrolled
+from implementations import Call, compiled, data_of, unrolled
 from torch import nn
 from workloads import Problem, build
 
@@ -79,6 +79,8 @@ def load_kernels() -> None:
 def prepared(problem: Problem, implementation: str, memory: str | None) -> tuple[Call, int | None]:
     """The call, with everything before the run done, and the peak that is predicted for it."""
     if implementation == "higher":
+        from higher_loop import higher_loop
+
         return higher_loop(problem), None
     if implementation == "torch.func":
         return unrolled(problem), None

@@ -57,11 +57,13 @@ class Workload:
         make: ``steps -> Problem``, in the default dtype.
         steps: T.
         budgets: What ``memory=`` is given, one measurement each; None is the fastest plan.
+        checked: T of the comparison in float64, where another than `steps`.
     """
 
     make: Callable[[int], Problem]
     steps: int
     budgets: tuple[str | None, ...] = (None,)
+    checked: int | None = None
 
 
 def build(name: str, steps: int | None = None, dtype: torch.dtype = torch.float32) -> Problem:
@@ -190,11 +192,12 @@ def _distill(steps: int) -> Problem:
 WORKLOADS = {
     "mlp-small": Workload(_mlp(32, 8), 50),
     "mlp": Workload(_mlp(128, 64), 50),
-    "mlp-long": Workload(_mlp(32, 8), 10_000, ("64MiB",)),
-    "maml-conv4": Workload(_maml_conv4, 5),
+    "mlp-long-1000": Workload(_mlp(32, 8), 1_000, ("64MiB",), 100),
+    "mlp-long": Workload(_mlp(32, 8), 10_000, ("64MiB",), 100),
+    "maml-conv4": Workload(_maml_conv4, 5, checked=2),
     "gpt-sgd": Workload(_gpt(torch.optim.SGD, 0.1), 8, (None, "200MiB")),
     "gpt-adam": Workload(_gpt(torch.optim.Adam, 1e-3), 8, (None, "200MiB")),
     "learned-opt": Workload(_learned_optimizer, 20),
-    "densenet-lr": Workload(_densenet, 15),
+    "densenet-lr": Workload(_densenet, 15, checked=2),
     "distill": Workload(_distill, 20),
 }
