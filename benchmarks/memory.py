@@ -5,7 +5,8 @@ workload in a process of its own (`resident.py` says how, and what each column c
 is that of the allocator's record to the plan's peak; what the resident size has beyond it is
 malloc's: with its default settings the mmap threshold rises to the size of what was freed, so that
 large tensors come from heaps whose holes stay resident. ``MALLOC_MMAP_THRESHOLD_=131072`` in the
-environment takes that away (and time with it).
+environment takes that away (and time with it). *Slots* is the largest ratio of a graph's slab to
+its lower bound.
 """
 
 from __future__ import annotations
@@ -23,6 +24,10 @@ from rich.table import Table
 from workloads import WORKLOADS
 
 ROOT = pathlib.Path(__file__).parents[1]
+_COLUMNS = (
+    *("budget", "predicted", "allocator", "ratio"),
+    *("slots", "tensors", "resident", "seconds"),
+)
 RESIDENT = pathlib.Path(__file__).with_name("resident.py")
 
 
@@ -55,7 +60,16 @@ def table_of() -> Table:
     table = Table(title="Memory of one call beyond its inputs, MiB", title_justify="left")
     table.add_column("workload")
     table.add_column("run by")
-    for column in ("budget", "predicted", "allocator", "ratio", "tensors", "resident", "seconds"):
+    for column in (
+        "budget",
+        "predicted",
+        "allocator",
+        "ratio",
+        "slots",
+        "tensors",
+        "resident",
+        "seconds",
+    ):
         table.add_column(column, justify="right")
     return table
 
@@ -67,6 +81,7 @@ def cells(found: dict[str, Any]) -> list[str]:
         mib(predicted) if predicted else "",
         mib(allocator),
         f"{allocator / predicted:.3f}" if predicted else "",
+        f"{found['slots']:.3f}" if predicted else "",
         mib(found["tensors"]),
         mib(found["resident"]),
         f"{found['seconds']:.2f}",

@@ -38,6 +38,7 @@ from workloads import Problem, build
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 from tests.oracles.memory import allocator_peak, measure
+from unrollc.plan.memory import MemoryPlan
 
 
 def status(key: str) -> int:
@@ -76,8 +77,10 @@ def load_kernels() -> None:
     sum(g.square().sum() for g in grads).backward()
 
 
-def prepared(problem: Problem, implementation: str, memory: str | None) -> tuple[Call, int | None]:
-    """The call, with everything before the run done, and the peak that is predicted for it."""
+def prepared(
+    problem: Problem, implementation: str, memory: str | None
+) -> tuple[Call, MemoryPlan | None]:
+    """The call, with everything before the run done, and the plan of its memory."""
     if implementation == "higher":
         from higher_loop import higher_loop
 
@@ -87,12 +90,12 @@ def prepared(problem: Problem, implementation: str, memory: str | None) -> tuple
     program, call = compiled(problem, memory)
     train, val = problem.tasks[0]
     lowered = program.lower(data_of(problem, train), val)
-    return call, lowered.plan.peak_bytes
+    return call, lowered.plan
 
 
 def main(name: str, implementation: str, memory: str, steps: str) -> None:
     problem = build(name, int(steps) or None)
-    call, predicted = prepared(problem, implementation, memory or None)
+    call, plan = prepared(problem, implementation, memory or None)
     load_kernels()
 
     def fresh() -> None:
@@ -104,7 +107,8 @@ def main(name: str, implementation: str, memory: str, steps: str) -> None:
     for leaf in problem.leaves.values():
         leaf.grad = None
     found = {
-        "predicted": predicted,
+        "predicted": plan and plan.peak_bytes,
+        "slots": plan and max(b.slab_bytes / max(b.lower_bound, 1) for b in plan.buffers.values()),
         "resident": resident,
         "allocator": allocator_peak(call),
         "seconds": seconds,

@@ -7,6 +7,7 @@ from typing import Any
 
 from registry import OURS
 from results import Entry, Results, best, best_peer, label, median
+from workloads import WORKLOADS
 
 ANY = "the best peer"
 
@@ -54,7 +55,7 @@ def _rest(workload: str) -> list[Target]:
 
 
 def _gpt(workload: str) -> list[Target]:
-    lean = "200MiB"
+    lean = WORKLOADS[workload].budgets[-1]
     return [
         Target(workload, "run time", 0.7, "torch.func"),
         Target(workload, "memory", 0.7, "torch.func"),
