@@ -208,8 +208,9 @@ def split_once(graph: fx.Graph) -> bool:
 
 def _bounds(base: fx.Node, node: fx.Node) -> tuple[int, int] | None:
     """Start and end of a slice of the first axis."""
-    given: list[Any] = [*node.args[1:]]
-    dim, start, end, step = (*given, *(0, None, None, 1)[len(given) :])
+    given: list[Any] = list(node.args[1:])
+    defaults: list[Any] = [0, None, None, 1]
+    dim, start, end, step = given + defaults[len(given) :]
     length = base.meta["val"].shape[0]
     start = 0 if start is None else start
     end = length if end is None else min(end, length)
