@@ -100,6 +100,7 @@ class _Module:
             f"Schedule: {self.plan.schedule}.",
             f"Predicted peak memory beyond the inputs: {self.plan.peak_bytes} bytes.",
         ]
+        lines += [f"Packed: {line}." for line in pieces.packed.splitlines()]
         for index, adjoint in enumerate(pieces.adjoints):
             lines.append(f"adjoint_{index}: {adjoint.mode} mode ({adjoint.reason}).")
         if pieces.wanted:

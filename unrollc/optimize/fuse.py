@@ -208,12 +208,14 @@ def split_once(graph: fx.Graph) -> bool:
 
 def _bounds(base: fx.Node, node: fx.Node) -> tuple[int, int] | None:
     """Start and end of a slice of the first axis."""
-    dim, start, end, step = (*node.args[1:], *(0, None, None, 1)[len(node.args) - 1 :])
+    given: list[Any] = list(node.args[1:])
+    defaults: list[Any] = [0, None, None, 1]
+    dim, start, end, step = given + defaults[len(given) :]
     length = base.meta["val"].shape[0]
     start = 0 if start is None else start
-    end = length if end is None else min(end, length)  # type: ignore[type-var]
+    end = length if end is None else min(end, length)
     plain = dim == 0 and step == 1 and not node.kwargs
-    return (start, end) if plain and 0 <= start < end else None  # type: ignore[operator, return-value]
+    return (start, end) if plain and 0 <= start < end else None
 
 
 def unbind_once(graph: fx.Graph) -> bool:
@@ -243,7 +245,7 @@ def _views(graph: fx.Graph, target: Any) -> dict[fx.Node, list[fx.Node]]:
     """The ops of one kind by what they take."""
     found: dict[fx.Node, list[fx.Node]] = {}
     for node in _calls(graph, target):
-        base = node.args[0]
+        base: Any = node.args[0]
         if node.users and isinstance(base.meta["val"], Tensor):
             found.setdefault(base, []).append(node)
     return found

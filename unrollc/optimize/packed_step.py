@@ -378,7 +378,8 @@ def _adapted_dtype(lane: Lane) -> Any:
         if own is torch.bool:
             return own
         if lane.kind is Kind.SCALAR:
-            return reduce(torch.promote_types, numbers)
+            promoted: torch.dtype = reduce(torch.promote_types, numbers)
+            return promoted
         if value.dim() > 0 or not wide:
             return own
         found: torch.dtype = torch.result_type(

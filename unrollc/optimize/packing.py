@@ -62,12 +62,12 @@ class Packing:
 
     def __str__(self) -> str:
         lines = [
-            f"{len(group.shapes)} tensors of {sum(group.packs[0].sizes):,} elements with their "
-            f"state in {len(group.packs)} vectors"
+            f"{len(group.shapes)} tensors of {sum(group.packs[0].sizes):,} elements in all, and "
+            f"what the optimizer keeps for each, travel as {len(group.packs)} vectors"
             for group in self.groups
         ]
         if equal := sum(key != stands for key, stands in self.same.items()):
-            lines.append(f"{equal} numbers of the state are equal to others")
+            lines.append(f"{equal} numbers of the optimizer's state are equal to others")
         return "\n".join(lines)
 
 

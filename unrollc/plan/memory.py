@@ -111,6 +111,8 @@ class MemoryPlan:
         if rest := sum(part.bytes for part in self.composition[_MOST_PARTS:]):
             table.add_row("at the peak", f"{human_bytes(rest)} others")
         table.add_row("schedule", str(self.schedule))
+        for line in self.pieces.packed.splitlines():
+            table.add_row("packed", line)
         for mode, reason in self.modes:
             table.add_row("adjoint", f"{mode} mode: {reason}" if reason else f"{mode} mode")
         if self.forward:

@@ -49,6 +49,7 @@ class Pieces:
         forward: The same loop in forward mode, where that is possible.
         no_forward: Why it is not possible.
         directions: The directions of the tangents that the steps carry, in forward mode.
+        packed: What is to be said about state that travels as vectors.
     """
 
     steps: tuple[StepGraph, ...]
@@ -64,6 +65,7 @@ class Pieces:
     forward: ForwardMode | None = None
     no_forward: str = ""
     directions: tuple[Direction, ...] = ()
+    packed: str = ""
 
     @property
     def differentiates(self) -> bool:

@@ -307,6 +307,7 @@ def _pieces(
         wanted=tuple(m.label for m in meta),
         forward=forward if isinstance(forward, ForwardMode) else None,
         no_forward=forward if isinstance(forward, str) else "",
+        packed=str(loop.packing),
     )
 
 
