@@ -76,6 +76,7 @@ def _compile(home: Path, kernel: dict[str, Any], settings: dict[str, Any]) -> No
         **SETTINGS,
         **settings,
         "cpp.threads": kernel["threads"],
+        "cpp.dynamic_threads": kernel["threads"] > 1,  # as many as torch uses when it runs
         "aot_inductor.output_path": str(build / "kernel.so"),
     }
     with torch.no_grad():
