@@ -122,7 +122,8 @@ def compile(
         A `Program`: ``result = program(train, val); result.loss.backward()``.
 
     Raises:
-        InputError: If an argument has the wrong kind.
+        InputError: If an argument has the wrong kind. A call of the program raises `BackendError`
+            where ``backend="inductor"`` cannot compile it, or finds no C++ compiler.
     """
     val_loss = loss if val_loss is None else val_loss
     problem = Problem(model, opt, loss, val_loss, grad_transform, scheduler, average)

@@ -9,6 +9,7 @@ import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -246,3 +247,26 @@ def test_without_a_compiler_that_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(unrollc.BackendError, match="no-such-compiler cannot be found"):
         run("inductor")
+
+
+def test_nothing_is_left_of_compilation(kernels: Path) -> None:
+    left = {path.name for path in kernels.iterdir()}
+    assert not [name for name in left if name.startswith("draft-")]
+    assert all(name == "secret" or len(name) == 64 for name in left)
+
+
+@pytest.mark.parametrize(("seconds", "threads"), [(1e-4, 1), (1.0, 3)])
+def test_small_functions_are_compiled_for_one_thread(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, threads: int
+) -> None:
+    lowered = unrollc.compile(*problem()[:2], nn.CrossEntropyLoss()).lower(*problem()[3:])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    cost = SimpleNamespace(seconds=seconds)
+    monkeypatch.setattr(inductor, "cost_of", lambda graph: cost)
+    assert inductor.threads_for(lowered.pieces, "step_0") == threads
+
+
+def test_kernels_are_dealt_out_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inductor, "_processors", lambda: 2)
+    assert inductor.dealt({"a": 5, "b": 4, "c": 3}) == [["a"], ["b", "c"]]
+    assert inductor.dealt({"a": 5}) == [["a"]]

@@ -68,6 +68,32 @@ def test_another_order_of_sums_is_no_difference(dtype: torch.dtype) -> None:
     _verify(_module(SCALED, 3), reordered, examples(dtype))
 
 
+COPIES = """
+def compute(call, v0, ):
+    n0 = call('aten.clone.default', v0)
+    n1 = call('aten.clone.default', v0)
+    return (n0, n1, )
+"""
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda inputs: [inputs[0], inputs[0].clone()],
+        lambda inputs: [inputs[0].clone(), inputs[0].view(-1).view(6, 5)],
+        lambda inputs: [inputs[0].clone()] * 2,
+    ],
+)
+def test_memory_that_results_should_not_share_is_found_out(run: Any) -> None:
+    with pytest.raises(DisagreementError, match="share memory"):
+        _verify(_module(COPIES, 1), run, examples(torch.float32)[:1])
+
+
+def test_memory_of_their_own_passes() -> None:
+    kernel = _module(COPIES, 1)
+    _verify(kernel, lambda inputs: [t.clone() for t in inputs * 2], examples(torch.float32)[:1])
+
+
 def test_noise_that_is_blown_up_is_no_difference() -> None:
     def reordered(inputs: Any) -> list[Tensor]:
         total = (inputs[1] - inputs[1].flip(0).mean(0)).flip(0).sum(0)

@@ -400,12 +400,6 @@ def test_memory_of_the_wrong_type(setting: Setting, memory: Any) -> None:
         setting.run(memory=memory)
 
 
-def test_the_inductor_backend_is_for_later(setting: Setting) -> None:
-    with pytest.raises(unrollc.UnrollcError, match="inductor") as error:
-        setting.run(backend="inductor")
-    assert "yet" in str(error.value)
-
-
 def test_backends_that_work(setting: Setting) -> None:
     losses = [setting.run(backend=backend).loss for backend in ("auto", "aten")]
     assert torch.equal(*losses)

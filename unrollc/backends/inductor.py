@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -54,6 +54,7 @@ class Compilation:
         self._cache = open_cache()
         self._draft: Path | None = None
         self._workers: list[subprocess.Popen[bytes]] = []
+        self._sweep: Callable[[], object] = lambda: None
         self._settings = {"cpp.cxx": [tools.compiler]}
         self._start()
 
@@ -69,7 +70,9 @@ class Compilation:
         """
         for each in self._workers:
             each.wait()
-        return {name: self._function(name, kernel) for name, kernel in self._kernels.items()}
+        found = {name: self._function(name, kernel) for name, kernel in self._kernels.items()}
+        self._sweep()
+        return found
 
     # -- compiling ------------------------------------------------------------------------------
 
@@ -86,7 +89,7 @@ class Compilation:
             job = {"settings": self._settings, "kernels": kernels}
             (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
             self._workers.append(_worker(folder))
-        weakref.finalize(self, _end, self._workers, self._draft)
+        self._sweep = weakref.finalize(self, _end, self._workers, self._draft)
 
     def _described(self, name: str) -> dict[str, object]:
         kernel = self._kernels[name]

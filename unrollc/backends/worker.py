@@ -76,6 +76,7 @@ def _compile(home: Path, kernel: dict[str, Any], settings: dict[str, Any]) -> No
         **SETTINGS,
         **settings,
         "cpp.threads": kernel["threads"],
+        "cpp.dynamic_threads": kernel["threads"] > 1,  # as many as torch uses when it runs
         "aot_inductor.output_path": str(build / "kernel.so"),
     }
     with torch.no_grad():
@@ -136,6 +137,19 @@ def _verify(module: Any, run: Callable[[Sequence[Any]], list[Any]], examples: li
                 raise DisagreementError(
                     f"result {place} differs from that of PyTorch's ops on the same random numbers"
                 )
+        if not _shared(inputs, results) <= _shared(inputs, expected):
+            raise DisagreementError("two results, or a result and an input, share memory")
+
+
+def _shared(inputs: Sequence[Any], results: Sequence[Any]) -> set[tuple[int, int]]:
+    """Pairs of tensors on one storage, by their places among inputs and results."""
+    storages = [each.untyped_storage()._cdata for each in (*inputs, *results)]
+    return {
+        (first, second)
+        for second in range(len(inputs), len(storages))
+        for first in range(second)
+        if storages[first] == storages[second]
+    }
 
 
 def agree(ours: Any, theirs: Any, near: Any) -> bool:
