@@ -159,7 +159,7 @@ def tampered(setting: Setting, factor: int) -> MemoryPlan:
     for step in map(copy, pieces.steps):
         for value, node in step.outputs_with(Role.THETA):
             assert node is not None
-            if value.label == "hidden.weight":
+            if value.label.startswith("hidden.weight"):  # the first of the packed ones
                 node.meta["val"] = enlarged(node.meta["val"], factor)
         steps.append(step)
     return plan_memory(replace(pieces, steps=tuple(steps)))

@@ -34,6 +34,14 @@ def convolution(sizes: tuple[int, ...], mask: list[bool] | None, dtype: torch.dt
     return aten.convolution_backward.default, (out, images, weight, [o], *geometry, mask)
 
 
+def in_channels_last(channels: int) -> Case:
+    """The backward pass of a convolution of images with their channels innermost."""
+    op, args = convolution((50, channels, 64, 3, 1, 28), [True, True, True], torch.float32)
+    out, images, *rest = args
+    last = {"memory_format": torch.channels_last}
+    return op, (out.clone(**last), images.clone(**last), *rest)
+
+
 def transposed_convolution() -> Case:
     images, weight = torch.randn(100, 6, 28, 28), torch.randn(6, 1, 5, 5)
     return aten.convolution.default, (images, weight, None, [1, 1], [2, 2], [1, 1], True, [0, 0], 1)
@@ -134,6 +142,18 @@ def test_a_row_is_what_the_allocator_records(name: str) -> None:
     case = CASES[name]()
     predicted, found = scratch.scratch_of(node_of(drawn(case))), measured(case)
     assert agrees(predicted, found), f"predicted {predicted}, measured {found}"
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_channels_that_are_innermost_are_not_copied(channels: int) -> None:
+    torch.manual_seed(0)
+    last = in_channels_last(channels)
+    predicted = scratch.scratch_of(node_of(drawn(last)))
+    assert agrees(predicted, measured(last)), predicted
+    op, (out, images, *rest) = last
+    rows = torch.empty(images.shape).copy_(images)
+    other = scratch.scratch_of(node_of(drawn((op, (out.contiguous(), rows, *rest)))))
+    assert not agrees(other, measured(last)), other  # the other layout needs copies
 
 
 def test_scratch_counts_in_the_frame() -> None:

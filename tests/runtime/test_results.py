@@ -52,7 +52,7 @@ class Setting:
         program = unrollc.compile(self.model, self.opt, F.cross_entropy, **options)
         plan = program.lower(self.train, self.val).plan
         every = plan_memory(plan._given).peak_bytes
-        memory = {"none": None, "states": every, "few": int(every * 0.85)}[budget]
+        memory = {"none": None, "states": every, "few": int(every * 0.95)}[budget]
         options["memory"] = memory
         self.program = unrollc.compile(self.model, self.opt, F.cross_entropy, **options)
 

@@ -77,9 +77,11 @@ def _blocked_weight(weight: Tensor, *, plain: bool) -> int:
 
 
 def _last(images: Tensor) -> bool:
-    """Whether the channels are the innermost dimension in memory; one channel is both layouts."""
-    if images.dim() != 4 or images.is_contiguous():
+    """Whether the channels are the innermost dimension in memory; of one, its stride says so."""
+    if images.dim() != 4:
         return False
+    if images.is_contiguous():
+        return images.shape[1] == 1 and images.stride(1) == 1 and images[0].numel() > 1
     return images.is_contiguous(memory_format=torch.channels_last)
 
 
