@@ -93,10 +93,6 @@ class BudgetError(UnrollcError, MemoryError):
     smallest = 0
 
 
-class NotYetError(UnrollcError, NotImplementedError):
-    """Something that the interface names and this version does not do."""
-
-
 class NonFiniteError(UnrollcError, ArithmeticError):
     """A NaN or an infinity was found while running with ``debug=True``."""
 
