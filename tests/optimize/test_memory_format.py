@@ -1,5 +1,7 @@
 """Images in channels_last: equal values, another layout, in the step and in its adjoint."""
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 import unrollc
 from tests.oracles.compare import relative_error
 from tests.plan.graphs import Sketch, targets
-from unrollc.optimize import packing
+from unrollc.optimize import memory_format, packing
 from unrollc.optimize.memory_format import channels_last, follows_images
 from unrollc.runtime import adjoints, lowering
 from unrollc.step import Phase, Role, StepGraph, iterate_calls
@@ -113,3 +115,56 @@ def test_a_network_gives_the_same_in_either_layout(monkeypatch: pytest.MonkeyPat
     for key, tensor in expected.items():
         if key != "gradient of layers.0.bias":  # batch normalisation takes it out: it is rounding
             assert relative_error(found[key], tensor) < 2e-4, key
+
+
+class Shuffled(nn.Module):
+    """A convolution, and something that depends on how its result lies in memory."""
+
+    def __init__(self, after: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.head = nn.Conv2d(3, 4, 3, padding=1), nn.LazyLinear(2)
+        self.after = copy.deepcopy(after)
+        self.head(after(self.first(torch.zeros(5, 3, 4, 4))).flatten(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.after(self.first(x)).flatten(1))
+
+
+DEPENDENT: dict[str, Callable[[Tensor], Tensor]] = {
+    "as_strided": lambda x: torch.as_strided(x, (x.shape[0], 4, 16), (64, 16, 1)),
+    "group norm": nn.GroupNorm(2, 4),
+    "glu": nn.GLU(1),
+}
+
+
+def differences(after: Callable[[Tensor], Tensor], **options: Any) -> dict[str, float]:
+    """Of the gradient in float32 to that in float64, where nothing is converted."""
+    found: list[dict[str, Tensor]] = []
+    for dtype in (torch.float32, torch.float64):
+        torch.manual_seed(0)
+        model = Shuffled(after).to(dtype)
+        opt = torch.optim.SGD(model.parameters(), lr=torch.tensor(0.1, requires_grad=True))
+        program = unrollc.compile(model, opt, nn.functional.cross_entropy, **options)
+        x, y = torch.randn(4, 5, 3, 4, 4).to(dtype), torch.randint(2, (4, 5))
+        result = program((x[1:], y[1:]), (x[0], y[0]))
+        result.loss.backward()
+        found.append({name: p.grad.double() for name, p in model.named_parameters()})
+        found[-1]["loss"] = result.loss.double()
+    return {name: relative_error(found[0][name], found[1][name]) for name in found[1]}
+
+
+@pytest.mark.parametrize("name", DEPENDENT)
+def test_what_depends_on_strides_gets_those_that_it_expects(name: str) -> None:
+    assert max(differences(DEPENDENT[name]).values()) < 1e-4
+
+
+def test_a_layout_that_an_op_cannot_read_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    every = memory_format.ANY_LAYOUT | {aten.as_strided.default}
+    monkeypatch.setattr(memory_format, "ANY_LAYOUT", every)
+    assert max(differences(DEPENDENT["as_strided"]).values()) > 0.1
+
+
+@pytest.mark.parametrize("memory", ["1MiB", "100KiB"])
+def test_a_convolution_fits_into_a_budget(memory: str) -> None:
+    """Under a budget mixed mode is planned as well, where the batch has no tangent."""
+    assert max(differences(nn.ReLU(), memory=memory).values()) < 1e-4

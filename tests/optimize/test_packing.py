@@ -60,10 +60,25 @@ def warmed(make: Make, *, apart: bool = False) -> Make:
     return built
 
 
+def half_warm(model: nn.Module) -> torch.optim.Optimizer:
+    """Pretrained first layers have state, and weights alone decay: counters differ, groups too."""
+    named = dict(model.named_parameters())
+    weights = [p for name, p in named.items() if name.endswith("weight")]
+    biases = [p for name, p in named.items() if name.endswith("bias")]
+    groups = [{"params": biases, "weight_decay": 0.0}, {"params": weights, "weight_decay": 0.01}]
+    opt = torch.optim.AdamW(groups, lr=0.02, eps=1e-2)
+    for name, p in named.items():
+        if name.startswith("0."):
+            zero, one = torch.zeros_like(p), torch.ones_like(p)
+            opt.state[p] = {"step": torch.tensor(3.0), "exp_avg": zero, "exp_avg_sq": one}
+    return opt
+
+
 OPTIMIZERS: dict[str, Make] = {
     "adam, a rate each": rate_each(torch.optim.Adam),
     "amsgrad, warm": warmed(plain(torch.optim.Adam, lr=0.01, weight_decay=0.1, amsgrad=True)),
     "adam, warm, counters apart": warmed(rate_each(torch.optim.Adam), apart=True),
+    "adamw, half warm, two decays": half_warm,
     "momentum": plain(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.1, nesterov=True),
     "rmsprop": rate_each(torch.optim.RMSprop, momentum=0.5, centered=True),
     "nadam": plain(torch.optim.NAdam, lr=0.01),
@@ -73,7 +88,8 @@ OPTIMIZERS: dict[str, Make] = {
 
 def network() -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+    layers = [nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2)]
+    return nn.Sequential(*layers)
 
 
 def data(steps: int) -> tuple[Any, Any]:
@@ -179,7 +195,7 @@ def test_what_is_updated_otherwise_is_packed_apart() -> None:
 
     lowered, _ = run(make, 3)
     labels = [{label for _, label in g.packs[0].members} for g in lowered.packing.groups]
-    assert labels == [{"0.weight", "0.bias"}, {"2.weight", "2.bias"}]
+    assert labels == [{"0.weight", "0.bias"}, {"2.weight", "2.bias", "4.weight", "4.bias"}]
 
 
 @pytest.mark.usefixtures("float64")

@@ -2,7 +2,9 @@
 
 On a CPU, pooling, normalisation and the elementwise ops around them work on neighbouring channels
 at once where these lie side by side; convolutions hand the layout of their input on. So images are
-converted where they come in, and everything that is computed from them follows.
+converted where they come in, and everything that is computed from them follows. An op may depend on
+strides (``as_strided``, a view as another dtype), or its derivative may, so nothing is converted
+unless all that reads the other layout is known.
 """
 
 from __future__ import annotations
@@ -13,16 +15,49 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from unrollc.step import Phase, Role, StepGraph, build, copy
+from unrollc.step import Phase, Role, StepGraph, build, copy, tensors_of
 
 aten = torch.ops.aten
+
+#: Ops whose results and derivatives are the same numbers in any layout of their operands.
+ANY_LAYOUT = frozenset(
+    {
+        operator.getitem,
+        aten._native_batch_norm_legit.no_stats,
+        aten._native_batch_norm_legit_functional.default,
+        aten.add.Tensor,
+        aten.avg_pool2d.default,
+        aten.avg_pool2d_backward.default,
+        aten.cat.default,
+        aten.clone.default,
+        aten.convolution.default,
+        aten.convolution_backward.default,
+        aten.gelu.default,
+        aten.gelu_backward.default,
+        aten.max_pool2d_with_indices.default,
+        aten.max_pool2d_with_indices_backward.default,
+        aten.mul.Tensor,
+        aten.native_batch_norm_backward.default,
+        aten.relu.default,
+        aten.reshape.default,
+        aten.sigmoid.default,
+        aten.sigmoid_backward.default,
+        aten.silu.default,
+        aten.silu_backward.default,
+        aten.slice.Tensor,
+        aten.sum.dim_IntList,
+        aten.tanh.default,
+        aten.tanh_backward.default,
+        aten.threshold_backward.default,
+    }
+)
 
 
 def channels_last(graph: StepGraph) -> StepGraph:
     """``convolution(batch) --> convolution(clone(batch, channels_last))``, on CPUs.
 
     The values stay as they are, their strides change; views that other strides do not allow become
-    reshapes.
+    reshapes. The graph is returned as it is if an op that is not in `ANY_LAYOUT` would read them.
     """
     images = [
         node
@@ -44,7 +79,25 @@ def channels_last(graph: StepGraph) -> StepGraph:
         turned.args = (old,)
         turned.meta = {"phase": Phase.FORWARD, "source": None}
     propagate(new)
+    if any(node.target not in ANY_LAYOUT for node in _readers_of_other_strides(graph, new)):
+        return graph
     return build(new.graph, new.inputs, new.outputs, new.constants)
+
+
+def _readers_of_other_strides(before: StepGraph, after: StepGraph) -> list[fx.Node]:
+    """The ops that read, or whose results are, values with other strides than before."""
+    old = {node.name: _strides(node) for node in before.graph.nodes}
+    moved = {
+        node
+        for node in after.graph.nodes
+        if node.op == "call_function" and _strides(node) != old.get(node.name)
+    }
+    readers = [node for node in after.graph.nodes if moved & {node, *node.all_input_nodes}]
+    return [node for node in readers if node.op == "call_function"]
+
+
+def _strides(node: fx.Node) -> list[tuple[int, ...]]:
+    return [tensor.stride() for tensor in tensors_of(node)]
 
 
 def keep_images(graph: fx.Graph) -> bool:

@@ -256,7 +256,8 @@ def _groups(loop: PackedLoop) -> list[Group]:
         else:
             classes.append((label, {}))
     names = _Names(loop)
-    groups = []
+    groups: list[Group] = []
+    taken: set[Key] = set()
     for leader, members in classes:
         if not members:
             continue
@@ -265,7 +266,11 @@ def _groups(loop: PackedLoop) -> list[Group]:
         every = {leader: own, **members}
         paying = {k: found for k, found in every.items() if found.pays_for(sizes[k])}
         if len(paying) > 1 and last.launches * (len(paying) - 1) > _ONCE:
-            groups.append(_group(steady, paying, names))
+            group = _group(steady, paying, names)
+            keys = [key for pack in group.packs for key in pack.members]
+            if len(taken | set(keys)) == len(taken) + len(keys):  # a number may serve several
+                groups.append(group)
+                taken.update(keys)
     return groups
 
 

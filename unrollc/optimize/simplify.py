@@ -146,7 +146,7 @@ def propagate_zeros(graph: fx.Graph) -> bool:
                 node.replace_all_uses_with(other)
                 graph.erase_node(node)
                 changed = True
-        elif node.target in _ZERO_PRODUCTS and node.users:
+        elif _is_zero_product(node, zeros) and node.users:
             with graph.inserting_before(node):
                 value = node.meta["val"]
                 zero = graph.call_function(
@@ -159,6 +159,13 @@ def propagate_zeros(graph: fx.Graph) -> bool:
             graph.erase_node(node)
             changed = True
     return changed
+
+
+def _is_zero_product(node: fx.Node, zeros: list[fx.Node]) -> bool:
+    if node.target is aten.convolution.default:
+        images, weight, bias = node.args[:3]
+        return (images in zeros or weight in zeros) and (bias is None or bias in zeros)
+    return node.target in _ZERO_PRODUCTS
 
 
 def _is_zero(node: fx.Node) -> bool:
