@@ -12,6 +12,7 @@ from tests.plan.graphs import Sketch, misplaced, random_graphs, targets, values_
 from unrollc.optimize.simplify import (
     PASSES,
     merge_common,
+    plain_zeros,
     propagate_zeros,
     refresh_views,
     relax_views,
@@ -34,6 +35,36 @@ def run(step: StepGraph, *values: Tensor) -> tuple[Tensor, ...]:
 def x_of(*shape: int) -> tuple[Sketch, fx.Node]:
     sketch = Sketch()
     return sketch, sketch.input("x", *shape)
+
+
+def test_a_zero_without_memory_gets_some() -> None:
+    sketch, _ = x_of(2, 3)
+    zero = sketch.call(
+        aten._efficientzerotensor.default, [2, 3], dtype=torch.float64, phase=ADJOINT
+    )
+    step = sketch.returning(sketch.call(aten.exp.default, zero, phase=ADJOINT))
+    assert plain_zeros(step.graph)
+    verify(step)
+    assert targets(step) == [aten.zeros.default, aten.exp.default]
+    (result,) = run(step, torch.ones(2, 3, dtype=torch.float64))
+    assert torch.equal(result, torch.ones(2, 3, dtype=torch.float64))
+    assert not plain_zeros(step.graph)
+
+
+@pytest.mark.parametrize("zero", ["images", "weight"])
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_convolution_of_zeros_is_zero_unless_it_has_a_bias(zero: str, biased: bool) -> None:
+    sketch = Sketch()
+    images, weight = sketch.input("x", 1, 2, 4, 4), sketch.input("weight", 3, 2, 3, 3)
+    bias = sketch.input("bias", 3) if biased else None
+    none = sketch.call(aten.zeros_like.default, {"images": images, "weight": weight}[zero])
+    none.meta["phase"] = ADJOINT
+    operands = (none, weight) if zero == "images" else (images, none)
+    rest = (bias, [1, 1], [0, 0], [1, 1], False, [0, 0], 1)
+    found = sketch.call(aten.convolution.default, *operands, *rest, phase=ADJOINT)
+    step = sketch.returning(found)
+    assert propagate_zeros(step.graph) == (not biased)
+    assert (aten.convolution.default in targets(simplify(step))) == biased
 
 
 # --- the passes -------------------------------------------------------------------------------

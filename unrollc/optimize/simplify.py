@@ -103,6 +103,21 @@ def relax_views(graph: fx.Graph) -> bool:
     return changed
 
 
+def plain_zeros(graph: fx.Graph) -> bool:
+    """``_efficientzerotensor(...) --> zeros(...)``.
+
+    Tangents of what has none are tensors without memory, which no op may write over.
+    """
+    changed = False
+    for node in graph.find_nodes(op="call_function", target=aten._efficientzerotensor.default):
+        node.target = aten.zeros.default
+        value = node.meta["val"]
+        with torch.no_grad(), value.fake_mode:
+            node.meta["val"] = torch.zeros(value.shape, dtype=value.dtype, device=value.device)
+        changed = True
+    return changed
+
+
 _ZERO_MAKERS = (
     aten.zeros.default,
     aten.zeros_like.default,
@@ -250,6 +265,7 @@ def _shares(node: fx.Node) -> bool:
 #: The pipeline, in order.
 PASSES: tuple[Pass, ...] = (
     relax_views,
+    plain_zeros,
     remove_identities,
     propagate_zeros,
     merge_common,
