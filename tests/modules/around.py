@@ -98,8 +98,23 @@ def assert_exact(
     result.loss.backward()
     found = {name: tensor.grad for name, tensor in meta.items()}
     assert all(gradient is not None for gradient in wanted.values())
-    assert_close(as_real(found), as_real(wanted), rtol=rtol)
+    assert_close(*without_noise(as_real(found), as_real(wanted)), rtol=rtol)
     return result
+
+
+def without_noise(
+    found: dict[str, Tensor], expected: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Gradients that are zero on paper, and rounding in both, left out.
+
+    The bias of a key shifts all scores of a query alike, which softmax takes out. What is left is
+    1e-25 here, rounding of rounding; nothing else is near the bound.
+    """
+    bound = 1e-18 * max(float(gradient.norm()) for gradient in expected.values())
+    noise = [n for n in expected if max(found[n].norm(), expected[n].norm()) <= bound]
+    return tuple(  # type: ignore[return-value]
+        {name: t for name, t in each.items() if name not in noise} for each in (found, expected)
+    )
 
 
 def as_real(tensors: Mapping[str, Any]) -> dict[str, Any]:
