@@ -69,6 +69,10 @@ def _timed(call: Callable[[], Any], clean: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
+#: Characters of an error that are reported.
+_MOST_SAID = 400
+
+
 def main() -> None:
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
@@ -80,9 +84,9 @@ def main() -> None:
                 state, reply = prepare(request)
             else:
                 reply = answer(state, request)
-        except Exception as error:
-            text = str(error).strip().splitlines() or [""]
-            reply = {"failed": f"{type(error).__name__}: {text[0]}"}
+        except Exception as error:  # whatever it is, the table says it
+            text = " ".join(str(error).split())[:_MOST_SAID]
+            reply = {"failed": f"{type(error).__name__}: {text}"}
         replies.write(json.dumps(reply) + "\n")
 
 
