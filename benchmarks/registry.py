@@ -136,7 +136,7 @@ def _compiled_unrolled(problem: Problem, budget: str | None) -> Prepared:
 
 
 #: Ours, one row a backend.
-BACKENDS = ("aten",)
+BACKENDS = ("aten", "inductor")
 
 IMPLEMENTATIONS = (
     *(Implementation(f"{OURS} {backend}", OURS, _program(backend)) for backend in BACKENDS),
