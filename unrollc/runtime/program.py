@@ -31,6 +31,7 @@ from unrollc.capture.trees import rebuild
 from unrollc.errors import NonFiniteError
 from unrollc.requirements.verdict import Requirements
 from unrollc.runtime.bridge import MetaLoop, Run
+from unrollc.runtime.allocator import keep_freed_memory
 from unrollc.runtime.executor import Executor
 from unrollc.runtime.lowering import Lowered, check, lower
 from unrollc.runtime.options import Options
@@ -218,6 +219,8 @@ class Program:
                 given.problem, self._options, given.stock, train, val, differentiate=differentiate
             )
         self._moving |= lowered.loop.manner.moving  # from now on no part of the key
+        if self._options.memory is None:
+            keep_freed_memory()
         variants = self._variants(given, differentiate)
         variants.append(Executor(lowered, self._options.backend))
         del variants[:-_MOST_VARIANTS]
