@@ -47,6 +47,7 @@ def compared(jobs: Sequence[Job], limit: float, cache: pathlib.Path) -> dict[Job
             try:
                 with serving(each[number], cache) as worker:
                     worker.prepare(limit)
+                    worker.settle(limit)
                     losses = worker.save(path)
                 return losses, torch.load(path, weights_only=True)
             except WorkerError as error:

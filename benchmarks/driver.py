@@ -78,6 +78,10 @@ class Worker:
         """One call: bytes of the resident peak over the start, and seconds."""
         return self._ask(limit, do="memory")
 
+    def settle(self, limit: float | None = None) -> None:
+        """One call, and waiting for what is compiled in the background."""
+        self._ask(limit, do="settle")
+
     def save(self, path: pathlib.Path, limit: float | None = None) -> list[float]:
         """One call: its gradients go to a file, the losses come back."""
         return self._ask(limit, do="save", path=str(path))["losses"]  # type: ignore[no-any-return]

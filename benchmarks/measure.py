@@ -120,6 +120,7 @@ def _first(job: Job, cache: pathlib.Path, limit: float) -> dict[str, Any]:
     with serving(job, cache) as worker:
         facts = worker.prepare(limit)
         memory = worker.memory()
+        worker.settle()  # so that the next process finds all of it
     cold = facts.pop("seconds") + memory["seconds"]
     return {**facts, "resident": memory["resident"], "cold": cold}
 
@@ -136,6 +137,7 @@ def _time(
                 worker = stack.enter_context(serving(job, caches[job]))
                 entry["warm"] = worker.prepare(settings.limit)["seconds"]
                 expected[job] = worker.call()[0]
+                worker.settle()
                 entry["warm"] += expected[job]
                 entry["seconds"] = []
                 workers[job] = worker

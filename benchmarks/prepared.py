@@ -18,8 +18,10 @@ class Prepared:
             call, and the validation loss of each task is returned.
         gradients: The meta-gradient of the last call by the labels of the problem's leaves.
         facts: What is known before the run, such as its predicted peak.
+        settle: Waits for what a call has left to be compiled in the background.
     """
 
     call: Callable[[], list[float]]
     gradients: Callable[[], dict[str, Tensor]]
     facts: dict[str, Any] = field(default_factory=dict)
+    settle: Callable[[], None] | None = None

@@ -66,7 +66,7 @@ def _program(backend: str) -> Make:
             "operations": plan.cost.operations * len(problem.tasks),
             "repeated": plan.schedule.recomputed,
         }
-        return Prepared(call, lambda: _gradients(problem), facts)
+        return Prepared(call, lambda: _gradients(problem), facts, program.finish_compiling)
 
     return make
 

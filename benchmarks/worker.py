@@ -1,7 +1,7 @@
 """One implementation of one workload in a process of its own, which does what it is told.
 
 Requests and replies are JSON, one a line. The first request says what to prepare; then follow
-``call``, ``memory`` and ``save``, in any order. Whatever libraries print goes to the standard
+``call``, ``memory``, ``settle`` and ``save``, in any order. Whatever libraries print goes to the standard
 error. Thread pools, allocators and caches of an implementation live here and touch no other.
 """
 
@@ -53,6 +53,11 @@ def answer(state: tuple[Any, Callable[[], None]], request: dict[str, Any]) -> di
         clean()
         resident, seconds = resident_peak(prepared.call)
         return {"resident": resident, "seconds": seconds}
+    if request["do"] == "settle":
+        if prepared.settle is not None:
+            prepared.call()
+            prepared.settle()
+        return {}
     assert request["do"] == "save", request
     import torch
 

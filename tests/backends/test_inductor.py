@@ -93,6 +93,7 @@ def test_gradients_are_those_of_the_ops(kernels: Path, monkeypatch: pytest.Monke
     counted = Counted(monkeypatch)
     ours = run("inductor")
     assert_equal(ours, run("aten"))
+    ours[2].finish_compiling()  # for the tests that follow
     functions = [name for name, _ in ours[2].lower(*problem()[3:]).pieces.named_graphs]
     assert 0 < len(counted.kernels) == len(set(counted.kernels)) <= len(functions)
 
@@ -143,7 +144,7 @@ def test_tiered_starts_with_the_ops_and_goes_on_with_kernels(
     kernels: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ready = False
-    monkeypatch.setattr(Compilation, "done", lambda self: ready)
+    monkeypatch.setattr(Compilation, "ready", lambda self: ready)
     model, opt, rates, train, val = problem()
     program = unrollc.compile(model, opt, nn.CrossEntropyLoss(), backend="tiered")
     torch.manual_seed(1)
@@ -165,7 +166,7 @@ def test_tiered_starts_with_the_ops_and_goes_on_with_kernels(
 def test_tiered_goes_on_with_the_ops_where_compilation_fails(
     kernels: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def failing(self: Compilation) -> dict[str, Any]:
+    def failing(self: Compilation, **_: Any) -> dict[str, Any]:
         raise unrollc.BackendError("Inductor cannot compile step_0")
 
     monkeypatch.setattr(Compilation, "functions", failing)
@@ -188,7 +189,9 @@ def test_a_damaged_kernel_is_compiled_again_and_never_loaded(
     (victim / "kernel.so").unlink()  # this process has mapped the file itself
     (victim / "kernel.so").write_bytes(content[:5000])
     counted = Counted(monkeypatch)
-    assert_equal(run("inductor"), run("aten"))
+    ours = run("inductor")
+    ours[2].finish_compiling()
+    assert_equal(ours, run("aten"))
     assert counted.kernels == [victim.name]
     assert cache.find(victim.name) is not None
 
@@ -268,5 +271,59 @@ def test_small_functions_are_compiled_for_one_thread(
 
 def test_kernels_are_dealt_out_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inductor, "_processors", lambda: 2)
-    assert inductor.dealt({"a": 5, "b": 4, "c": 3}) == [["a"], ["b", "c"]]
-    assert inductor.dealt({"a": 5}) == [["a"]]
+    assert inductor.dealt({"a": 5, "b": 4, "c": 3}, ()) == [["a"], ["b", "c"]]
+    assert inductor.dealt({"a": 5}, ()) == [["a"]]
+    assert inductor.dealt({"a": 5, "b": 4, "c": 3}, "bc") == [["b"], ["c", "a"]]
+
+
+def test_a_run_waits_for_what_takes_most_of_its_time() -> None:
+    assert inductor.most_of({"step": 5.0, "adjoint": 10.0, "validate": 1.0}) == {"adjoint", "step"}
+    assert inductor.most_of({"step": 5.0}) == {"step"}
+    model, opt, _, train, val = problem(50)
+    lowered = unrollc.compile(model, opt, nn.CrossEntropyLoss()).lower(train, val)
+    seconds = inductor.seconds_of(lowered.pieces)
+    assert seconds.keys() == dict(lowered.pieces.named_graphs).keys()
+    assert inductor.most_of(seconds).isdisjoint({"step_0", "validate"})
+
+
+def test_what_is_not_compiled_yet_runs_as_ops_among_kernels(
+    kernels: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values go from ops to kernels and back, in one layout."""
+    slow = {"adjoint_0", "validate"}
+    settled = Compilation._is_settled
+    monkeypatch.setattr(Compilation, "_is_settled", lambda c, n: n not in slow and settled(c, n))
+    monkeypatch.setattr(inductor, "most_of", lambda seconds: frozenset({"step_0"}))
+    model, opt, rates, train, val = problem()
+    program = unrollc.compile(model, opt, nn.CrossEntropyLoss(), backend="inductor")
+    found = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        rates.grad = None
+        program(train, val).loss.backward()
+        found.append(rates.grad)
+        (executor,) = next(iter(program._cache.values()))
+        found.append(executor.identity(executor.module()))
+        slow.clear()
+        program.finish_compiling()
+    first, before, second, after = found
+    assert before != after and "validate" in after
+    expected = run("aten")[1]["rates"]
+    torch.testing.assert_close([first, second], [expected] * 2, rtol=1e-10, atol=1e-14)
+
+
+def test_what_cannot_be_compiled_later_stays_as_it_is(
+    kernels: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Compilation._function
+
+    def failing(self: Compilation, name: str, kernel: Any) -> Any:
+        if name == "validate":
+            raise unrollc.BackendError("Inductor cannot compile validate")
+        return made(self, name, kernel)
+
+    monkeypatch.setattr(Compilation, "_function", failing)
+    monkeypatch.setattr(inductor, "most_of", lambda seconds: frozenset({"step_0"}))
+    with pytest.warns(RuntimeWarning, match="validate stays as it is"):
+        found = run("inductor")
+    assert_equal(found, run("aten"))

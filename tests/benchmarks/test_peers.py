@@ -30,6 +30,9 @@ NAMES = [name for name in WORKLOADS if not name.startswith("mlp-long")]
 WRONG = {("mlp-small", "torchopt fused"), ("mlp", "torchopt fused"), ("gpt-adam", "torchopt fused")}
 
 
+#: Ours on Inductor takes a minute to compile; before every measurement it is compared as well.
+COMPILED = {f"{OURS} inductor"}
+
 #: Samples in a batch, where the workload's own take long.
 SAMPLES = {"gpt-sgd": 1, "gpt-adam": 1, "densenet-lr": 3}
 
@@ -52,7 +55,7 @@ def results_of(name: str, implementation: str) -> tuple[list[float], dict[str, t
 
 @pytest.mark.parametrize("name", NAMES)
 def test_eager_peers_agree_with_ours(name: str) -> None:
-    rows = [row for row in rows_of(name) if row.package != "jax"]
+    rows = [row for row in rows_of(name) if row.package != "jax" and row.name not in COMPILED]
     reference = next(row.name for row in rows if row.peer == OURS)
     losses, expected = results_of(name, reference)
     assert all(float(value.norm()) > 0 for value in expected.values())

@@ -54,6 +54,36 @@ def bound(kernel: Kernel, run: Callable[[Sequence[Tensor]], list[Tensor]] | None
     return function
 
 
+def arranged(kernel: Kernel, function: Function) -> Function:
+    """A function of the generated program whose results lie in memory as kernels take them.
+
+    Args:
+        kernel: The function's own, which says how.
+        function: The function, which calls PyTorch's ops.
+    """
+    count = len(kernel.outputs)
+    specs = [kernel.outputs[place] if place < count else None for place in kernel.gives]
+    astray: list[tuple[int, Spec]] | None = None
+
+    def wrapped(*arguments: Any) -> Sequence[Any]:
+        nonlocal astray
+        results = list(function(*arguments))
+        residuals = results.pop() if kernel.residuals else []
+        results += residuals
+        if astray is None:  # ops give equal inputs the same layouts at every call
+            pairs = enumerate(zip(specs, results, strict=True))
+            astray = [(n, spec) for n, (spec, t) in pairs if spec is not None and not spec.fits(t)]
+        for place, spec in astray:
+            results[place] = spec.laid_out(results[place])
+        if kernel.residuals:
+            residuals = results[-kernel.residuals :]
+            del results[-kernel.residuals :]
+            return [*results, residuals]
+        return results
+
+    return wrapped
+
+
 def _picked(places: tuple[int, ...], count: int) -> Callable[[list[Tensor]], list[Tensor]] | None:
     """Picks items of a list; None if that is all of them, in order."""
     if places == tuple(range(count)):

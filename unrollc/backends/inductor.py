@@ -1,7 +1,9 @@
 """The functions of a program compiled by Inductor: each distinct one once, in other processes.
 
 Kernels come from the cache where they are in it; the others are dealt out to worker processes,
-as many as there are processors. Neither Dynamo nor a guard stands between a call and machine code.
+as many as there are processors. A run waits for those that take most of its time: the step and its
+adjoint. What runs once (the first step, the last one, the validation loss) stays PyTorch's ops
+until it is compiled as well. Neither Dynamo nor a guard stands between a call and machine code.
 """
 
 from __future__ import annotations
@@ -12,15 +14,17 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from unrollc.backends import worker
-from unrollc.backends.bind import Function, bound
+from unrollc.backends.bind import Function, arranged, bound
 from unrollc.backends.cache import open_cache
 from unrollc.backends.kernel import Kernel, kernels_of
 from unrollc.backends.toolchain import environment, key_of, toolchain
@@ -34,11 +38,19 @@ from unrollc.plan.pieces import Pieces
 ALONE = 1e-3
 
 
+#: The part of a run's time that compiled functions must make up before it begins.
+_MOST = 0.9
+
+#: Seconds between looks at what the workers have done.
+_PAUSE = 0.01
+
+
 class Compilation:
     """The kernels of a program on their way from source to machine code.
 
     Attributes:
         keys: The key of each kernel by the function's name.
+        awaited: Names of the functions without which no run begins.
     """
 
     def __init__(self, pieces: Pieces) -> None:
@@ -51,28 +63,49 @@ class Compilation:
             for name, kernel in self._kernels.items()
             if kernel.text
         }
+        self.awaited = most_of(seconds_of(pieces))
+        self._functions: dict[str, Function] = {}
+        self._given_up: set[str] = set()
         self._cache = open_cache()
         self._draft: Path | None = None
-        self._workers: list[subprocess.Popen[bytes]] = []
+        self._workers: dict[Path, subprocess.Popen[bytes]] = {}
         self._sweep: Callable[[], object] = lambda: None
         self._settings = {"cpp.cxx": [tools.compiler]}
         self._start()
 
-    def done(self) -> bool:
+    def ready(self) -> bool:
         """Whether `functions` would not have to wait."""
-        return all(each.poll() is not None for each in self._workers)
+        return all(self._is_settled(name) for name in self.awaited)
 
-    def functions(self) -> dict[str, Function]:
-        """The functions by name, once they are compiled.
+    def done(self) -> bool:
+        """Whether nothing more will be compiled."""
+        return len(self._functions) + len(self._given_up) == len(self._kernels)
+
+    def functions(self, *, everything: bool = False) -> Mapping[str, Function]:
+        """The functions by name, as far as they are compiled.
+
+        Args:
+            everything: Whether to wait for all of them, not only for `awaited`.
 
         Raises:
-            BackendError: If one cannot be compiled.
+            BackendError: If one that is waited for cannot be compiled. Of others that is a
+                warning, and they stay as they are.
         """
-        for each in self._workers:
-            each.wait()
-        found = {name: self._function(name, kernel) for name, kernel in self._kernels.items()}
-        self._sweep()
-        return found
+        if self.done():
+            return self._functions
+        required = self._kernels.keys() if everything else self.awaited
+        while not all(self._is_settled(name) for name in required):
+            time.sleep(_PAUSE)
+        for name in self._kernels:
+            if name not in self._functions and name not in self._given_up:
+                self._take(name, required=name in required)
+        if self.done():
+            self._sweep()
+        return self._functions
+
+    def arranged(self, name: str, function: Function) -> Function:
+        """A function that is not compiled, which returns values as compiled ones take them."""
+        return arranged(self._kernels[name], function)
 
     # -- compiling ------------------------------------------------------------------------------
 
@@ -81,15 +114,16 @@ class Compilation:
         if not missing:
             return
         self._draft = self._cache.draft()
-        hands = dealt({key: len(self._kernels[name].text) for key, name in missing.items()})
-        for number, keys in enumerate(hands):
+        sizes = {key: len(self._kernels[name].text) for key, name in missing.items()}
+        first = {key for key, name in missing.items() if name in self.awaited}
+        for number, keys in enumerate(dealt(sizes, first)):
             folder = self._draft / str(number)
             folder.mkdir()
             kernels = {key: self._described(missing[key]) for key in keys}
             job = {"settings": self._settings, "kernels": kernels}
             (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
-            self._workers.append(_worker(folder))
-        self._sweep = weakref.finalize(self, _end, self._workers, self._draft)
+            self._workers[folder] = _worker(folder)
+        self._sweep = weakref.finalize(self, _end, list(self._workers.values()), self._draft)
 
     def _described(self, name: str) -> dict[str, object]:
         kernel = self._kernels[name]
@@ -99,7 +133,38 @@ class Compilation:
             "inputs": inputs,
             "threads": self._threads[name],
             "device": _device(kernel, self._home),
+            "awaited": name in self.awaited,
         }
+
+    def _is_settled(self, name: str) -> bool:
+        """Whether a function is compiled, or will never be."""
+        if name in self._functions or name in self._given_up or name not in self.keys:
+            return True
+        key = self.keys[name]
+        folder = self._folder(key)
+        if folder is None or any((folder / key / each).exists() for each in ("done", "error")):
+            return True
+        return self._workers[folder].poll() is not None
+
+    def _folder(self, key: str) -> Path | None:
+        """That of the worker which was given a kernel; None if it was in the cache."""
+        for folder in self._workers:
+            job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+            if key in job["kernels"]:
+                return folder
+        return None
+
+    def _take(self, name: str, *, required: bool) -> None:
+        """Put a function in its place if it is settled."""
+        if not self._is_settled(name):
+            return
+        try:
+            self._functions[name] = self._function(name, self._kernels[name])
+        except BackendError as error:
+            if required:
+                raise
+            self._given_up.add(name)
+            warnings.warn(f"{name} stays as it is: {error}", RuntimeWarning, stacklevel=5)
 
     def _function(self, name: str, kernel: Kernel) -> Function:
         if not kernel.text:
@@ -110,18 +175,37 @@ class Compilation:
 
     def _made(self, name: str, key: str) -> Path:
         """The folder that a worker has made."""
-        for folder in sorted(self._draft.iterdir()) if self._draft else ():
-            place = folder / key
-            if (place / "done").exists():
-                (place / "done").unlink()
-                return place
-            if (place / "error").exists():
-                raise _refused(name, (place / "error").read_text(encoding="utf-8"))
-            job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
-            if key in job["kernels"]:
-                log = (folder / "log").read_text(encoding="utf-8", errors="replace")
-                raise _refused(name, "the compiling process has died: " + log[-2000:])
-        raise _refused(name, "its compiled code has disappeared from the cache")
+        folder = self._folder(key)
+        if folder is None:
+            raise _refused(name, "its compiled code has disappeared from the cache")
+        place = folder / key
+        if (place / "done").exists():
+            (place / "done").unlink()
+            return place
+        if (place / "error").exists():
+            raise _refused(name, (place / "error").read_text(encoding="utf-8"))
+        log = (folder / "log").read_text(encoding="utf-8", errors="replace")
+        raise _refused(name, "the compiling process has died: " + log[-2000:])
+
+
+def seconds_of(pieces: Pieces) -> dict[str, float]:
+    """The predicted time that each function takes of a run, if no step is repeated."""
+    calls = {"validate": 1}
+    for kind, sequence in (("step", pieces.sequence), ("adjoint", pieces.adjoint_sequence)):
+        for index in sequence:
+            name = f"{kind}_{index}"
+            calls[name] = calls.get(name, 0) + 1
+    return {name: calls[name] * cost_of(graph).seconds for name, graph in pieces.named_graphs}
+
+
+def most_of(seconds: Mapping[str, float]) -> frozenset[str]:
+    """The fewest names that make up most of the time."""
+    found: list[str] = []
+    for name in sorted(seconds, key=lambda name: -seconds[name]):
+        if sum(seconds[each] for each in found) >= _MOST * sum(seconds.values()):
+            break
+        found.append(name)
+    return frozenset(found)
 
 
 def threads_for(pieces: Pieces, name: str) -> int:
@@ -130,10 +214,15 @@ def threads_for(pieces: Pieces, name: str) -> int:
     return 1 if cost_of(graph).seconds < ALONE else torch.get_num_threads()
 
 
-def dealt(sizes: Mapping[str, int]) -> list[list[str]]:
-    """Keys dealt out to processes, the largest first, each to the one that has least to do."""
+def dealt(sizes: Mapping[str, int], first: Collection[str]) -> list[list[str]]:
+    """Keys dealt out to processes, each to the one that has least to do.
+
+    Args:
+        sizes: How much there is to do for each.
+        first: Those that are to be done before others; of these and of those, the largest first.
+    """
     hands: list[list[str]] = [[] for _ in range(min(len(sizes), _processors()))]
-    for key in sorted(sizes, key=lambda key: -sizes[key]):
+    for key in sorted(sizes, key=lambda key: (key not in first, -sizes[key])):
         min(hands, key=lambda hand: sum(sizes[each] for each in hand)).append(key)
     return hands
 

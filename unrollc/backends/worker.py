@@ -86,6 +86,8 @@ def _compile(home: Path, build: Path, kernel: dict[str, Any], settings: dict[str
         **settings,
         "cpp.threads": kernel["threads"],
         "cpp.dynamic_threads": kernel["threads"] > 1,  # as many as torch uses when it runs
+        # Precompiling takes longer than it saves on one kernel; the others are not waited for.
+        "aot_inductor.precompile_headers": not kernel["awaited"],
         "aot_inductor.output_path": str(build / "kernel.so"),
     }
     with torch.no_grad():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from types import ModuleType
 
-from unrollc.backends.bind import conforming
+from unrollc.backends.bind import Function, conforming
 from unrollc.backends.inductor import Compilation
 from unrollc.errors import BackendError
 from unrollc.runtime.load import load
@@ -22,28 +22,38 @@ class Executor:
         lowered: The program.
     """
 
-    def __init__(self, lowered: Lowered, backend: str) -> None:
+    def __init__(self, lowered: Lowered, backend: str, *, steady: bool = False) -> None:
+        """Compile nothing yet.
+
+        Args:
+            lowered: The program.
+            backend: As given to `compile`.
+            steady: Whether all calls must run the same code, so that one waits for all of it.
+        """
         self.lowered = lowered
         self._backend = AUTO if backend == "auto" else backend
+        self._steady = steady
         self._generated: ModuleType | None = None
         self._compiled: ModuleType | None = None
+        self._identity = ""
         self._compilation: Compilation | None = None
 
     def module(self) -> ModuleType:
         """What the next call runs, from its first step to the end of its backward pass.
 
-        Compilation begins at the first call. With ``"inductor"`` this waits for its end, with
-        ``"tiered"`` it is the generated module until then.
+        Compilation begins at the first call. With ``"inductor"`` this waits for the functions that
+        take most of the time, with ``"tiered"`` it is the generated module until they are there.
 
         Raises:
             BackendError: If Inductor cannot compile the program; with ``"tiered"`` that is a
                 warning, and the generated module goes on.
         """
         if self._backend == "inductor":
-            return self._when_compiled(wait=True) or self._as_generated()
+            return self._as_compiled()
         if self._backend == "tiered":
             try:
-                return self._when_compiled(wait=False) or self._as_generated()
+                if self._begun().ready():
+                    return self._as_compiled()
             except BackendError as error:
                 self._backend = "aten"
                 warnings.warn(f"the aten backend goes on: {error}", RuntimeWarning, stacklevel=4)
@@ -51,23 +61,44 @@ class Executor:
 
     def identity(self, module: ModuleType) -> str:
         """What tells runs by one module from runs by another, whose numbers round differently."""
-        if module is not self._compiled:
-            return ""
-        assert self._compilation is not None
-        return repr(sorted(self._compilation.keys.items()))
+        return self._identity if module is self._compiled else ""
+
+    def finish_compiling(self) -> None:
+        """Wait until nothing more is being compiled.
+
+        Raises:
+            BackendError: If Inductor cannot compile a function.
+        """
+        if self._compilation is not None and self._backend != "aten":
+            self._compilation.functions(everything=True)
 
     def _as_generated(self) -> ModuleType:
         if self._generated is None:
             self._generated = load(self.lowered.generated)
         return self._generated
 
-    def _when_compiled(self, *, wait: bool) -> ModuleType | None:
-        if self._compiled is None:
-            if self._compilation is None:
-                self._compilation = Compilation(self.lowered.pieces)
-            if not wait and not self._compilation.done():
-                return None
-            functions = self._compilation.functions()
+    def _begun(self) -> Compilation:
+        if self._compilation is None:
+            self._compilation = Compilation(self.lowered.pieces)
+        return self._compilation
+
+    def _as_compiled(self) -> ModuleType:
+        """The module with all functions that are compiled by now."""
+        compilation = self._begun()
+        compiled = compilation.functions(everything=self._steady)
+        keys = {name: key for name, key in compilation.keys.items() if name in compiled}
+        identity = repr(sorted(keys.items()))
+        if self._compiled is None or identity != self._identity:
+            ops = self._as_generated()
+            functions = {
+                name: compiled[name] if name in compiled else compilation.arranged(name, op)
+                for name, op in self._named(ops)
+            }
             conform = conforming(self.lowered.pieces)
             self._compiled = load(self.lowered.generated, functions, conform)
+            self._identity = identity
         return self._compiled
+
+    def _named(self, module: ModuleType) -> list[tuple[str, Function]]:
+        """The functions of a module that have a graph."""
+        return [(name, getattr(module, name)) for name, _ in self.lowered.pieces.named_graphs]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -30,8 +31,8 @@ from unrollc.capture.schedule import Schedule, put_back, run_schedule
 from unrollc.capture.trees import rebuild
 from unrollc.errors import NonFiniteError
 from unrollc.requirements.verdict import Requirements
-from unrollc.runtime.bridge import MetaLoop, Run
 from unrollc.runtime.allocator import keep_freed_memory
+from unrollc.runtime.bridge import MetaLoop, Run
 from unrollc.runtime.executor import Executor
 from unrollc.runtime.lowering import Lowered, check, lower
 from unrollc.runtime.options import Options
@@ -174,6 +175,15 @@ class Program:
         """
         return self._lowered(self._read(train, val), torch.is_grad_enabled()).lowered
 
+    def finish_compiling(self) -> None:
+        """Wait until no code is being compiled in the background, as before measuring times.
+
+        Raises:
+            BackendError: If there is some that Inductor cannot compile.
+        """
+        for executor in itertools.chain(*self._cache.values()):
+            executor.finish_compiling()
+
     def inputs(self, train: Any, val: Any) -> dict[str, Any]:
         """The tensors that a saved program takes, by label (detached)."""
         given = self._read(train, val)
@@ -222,7 +232,8 @@ class Program:
         if self._options.memory is None:
             keep_freed_memory()
         variants = self._variants(given, differentiate)
-        variants.append(Executor(lowered, self._options.backend))
+        steady = self._options.spill is not None  # a resumed run must be the one that was killed
+        variants.append(Executor(lowered, self._options.backend, steady=steady))
         del variants[:-_MOST_VARIANTS]
         return variants[-1]
 
