@@ -2,7 +2,8 @@
 
 Requests and replies are JSON, one a line. The first request says what to prepare; then follow
 ``call``, ``memory``, ``settle`` and ``save``, in any order. Whatever libraries print goes to the
-standard error. Thread pools, allocators and caches of an implementation live here and touch no other.
+standard error. Thread pools, allocators and caches of an implementation live here and touch no
+other.
 """
 
 from __future__ import annotations
