@@ -136,6 +136,7 @@ class Stock:
         owners: Labels of parameters by id.
         average: Tensors of the averaged model.
         behind: Tensors of the user's that a scheduled hyperparameter is computed from.
+        manner: How the optimizer was read.
     """
 
     theta: dict[str, Tensor]
@@ -147,6 +148,7 @@ class Stock:
     owners: dict[int, str]
     average: dict[str, Tensor] = field(default_factory=dict)
     behind: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    manner: Manner = field(default_factory=Manner)
 
     @property
     def differentiable(self) -> dict[str, Tensor]:
@@ -201,8 +203,10 @@ def _shared(first: str, second: str) -> InputError:
 
 def read_again(problem: Problem, stock: Stock, manner: Manner) -> Stock:
     """`stock` with the optimizer's layout and state tensors as this manner takes them."""
+    if manner == stock.manner:
+        return stock
     layout, opt_state = read_layout(problem.opt, stock.owners, manner)
-    return replace(stock, layout=layout, opt_state=opt_state)
+    return replace(stock, layout=layout, opt_state=opt_state, manner=manner)
 
 
 def _check_initialised(label: str, parameter: Tensor) -> None:
@@ -243,7 +247,7 @@ def read_hyper(opt: torch.optim.Optimizer) -> dict[str, Tensor | PerStep]:
     found: dict[str, Tensor | PerStep] = {}
     for index, group in enumerate(opt.param_groups):
         for key, value in group.items():
-            if key == "params":
+            if key == "params" or value is None or isinstance(value, int | float | str):
                 continue
             paths, _ = pytree.tree_flatten_with_path(
                 {key: value}, is_leaf=lambda leaf: isinstance(leaf, Tensor | PerStep)
