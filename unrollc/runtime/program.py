@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from unrollc.capture.averaging import averaged_labels
 from unrollc.capture.batches import Batches, read_train, read_val
 from unrollc.capture.fingerprint import Fingerprint
+from unrollc.capture.home import at_home
 from unrollc.capture.layout import Layout, Manner, filler, plain_number, write_back
 from unrollc.capture.loop import known_scalars
 from unrollc.capture.nests import is_continuous
@@ -377,7 +378,8 @@ def _inputs(lowered: Lowered, given: Given) -> dict[str, Any]:
         for label, leaf in zip(batches.labels, batches.leaves, strict=True):
             everything[label] = list(leaf) if isinstance(leaf, tuple) else leaf
     labels = dict.fromkeys((*lowered.generated.labels, *lowered.pieces.wanted))
-    return {label: everything[label] for label in labels}
+    settled = functools.partial(at_home, home=stock.home)
+    return {label: pytree.tree_map(settled, everything[label]) for label in labels}
 
 
 def _check_finite(inputs: dict[str, Any], per_step: frozenset[str]) -> None:
