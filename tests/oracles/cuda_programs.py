@@ -145,17 +145,28 @@ def gpt(place: Place, *, memory: str | None = None) -> Setting:
     return Setting(program, train, val, list(model.parameters()))
 
 
-def closures(place: Place) -> Setting:
-    """A loss with a learned number of the host and class weights that it makes itself."""
+def closures(place: Place, *, weighted: bool = False) -> Setting:
+    """A loss with a learned number of the host, and with class weights that it makes itself."""
     model, scale = _mlp(place), _number(0.7)
 
     def loss(prediction: Tensor, target: Tensor) -> Tensor:
-        weight = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64, device=prediction.device)
-        return scale * F.cross_entropy(prediction, target, weight) + scale**2 * prediction.square().mean()
+        weight = None
+        if weighted:
+            weight = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64, device=prediction.device)
+        return scale * F.cross_entropy(prediction, target, weight) + prediction.mean() * scale**2
 
     opt = torch.optim.SGD(model.parameters(), lr=0.1)
     program = unrollc.compile(model, opt, loss, val_loss=F.cross_entropy)
     return Setting(program, *_points(place, 4), [*model.parameters(), scale])
+
+
+def zero_branch(place: Place) -> Setting:
+    """A term that the optimizer skips because its hyperparameter is zero, on the host."""
+    model, decay = _mlp(place), _number(0.0)
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    opt.param_groups[0]["weight_decay"] = decay
+    program = unrollc.compile(model, opt, F.cross_entropy)
+    return Setting(program, *_points(place, 4), [*model.parameters(), decay])
 
 
 PROGRAMS: dict[str, Callable[[Place], Setting]] = {
@@ -168,11 +179,13 @@ PROGRAMS: dict[str, Callable[[Place], Setting]] = {
     "attention": gpt,
     "attention under a budget": functools.partial(gpt, memory="56KiB"),
     "closures": closures,
+    "a rate that is zero": zero_branch,
 }
 
-#: Refused by PyTorch where there is no device.
+#: Others, which make tensors in ways that only a real device knows.
 ON_DEVICE: dict[str, Callable[[Place], Setting]] = {
     **PROGRAMS,
+    "class weights": functools.partial(closures, weighted=True),
     "adam, capturable": functools.partial(adam, capturable=True),
 }
 

@@ -36,7 +36,7 @@ _INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._unsafe_index}
 #: What generated code must not contain.
 _TELLTALE = re.compile(
     r"\bcpu\b|\.(item|tolist|cpu|numpy|nonzero|synchronize)\(|\b(bool|float|int)\(|\.to\("
-    r"|^\w+ = torch\.tensor\(\[",
+    r"|^\w+ = torch\.tensor\(\[[^\]]*\], dtype=[\w.]*\)",
     re.MULTILINE,
 )
 
