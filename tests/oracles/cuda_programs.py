@@ -1,6 +1,6 @@
 """Programs for another device, and what is found about them in a process that believes in one.
 
-As a script, it prints what `examined` finds about each program as JSON.
+As a script, it prints what `examined` finds about each program as JSON, and what `twins` finds.
 """
 
 from __future__ import annotations
@@ -203,6 +203,35 @@ def gradients(setting: Setting) -> list[Tensor]:
     return list(torch.autograd.grad(loss, setting.meta))
 
 
+def twins() -> dict[str, list[str]]:
+    """What is found while a generated program runs, once the host takes part in its loop."""
+    from tests.oracles.stand_in_cuda import Traffic, on_cuda
+
+    setting = settled(PROGRAMS["sgd, rates on the host"], on_cuda)
+    inputs = setting.program.inputs(setting.train, setting.val)
+    code = setting.program.lower(setting.train, setting.val).code
+    found = {}
+    for line in BROKEN:
+        broken = code.replace("    return state, loss", f"    {line}\n    return state, loss")
+        assert broken != code
+        with Traffic() as traffic:
+            generated(broken)["adapt"](inputs, 0)
+        found[line] = traffic.faults
+    return found
+
+
+#: Lines that would make the host take part in every step.
+BROKEN = (
+    "loss.item()",
+    "float(loss)",
+    "state[0].cpu()",
+    "state[0][state[0] > 0]",
+    "state[0] + torch.ones(state[0].shape, dtype=torch.float64)",
+    "state[0].nonzero()",
+    'torch.ones(3, device="cpu").to(loss.device)',
+)
+
+
 def generated(code: str) -> dict[str, Any]:
     """The names of a generated program."""
     names: dict[str, Any] = {}
@@ -242,4 +271,5 @@ if __name__ == "__main__":
     from tests.oracles.stand_in_cuda import register
 
     registered = register()
-    print(json.dumps({name: examined(build) for name, build in PROGRAMS.items()}))
+    results = {name: examined(build) for name, build in PROGRAMS.items()}
+    print(json.dumps({"programs": results, "twins": twins()}))

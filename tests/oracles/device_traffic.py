@@ -52,7 +52,7 @@ def faults_of_call(func: Any, operands: Sequence[Tensor], results: Sequence[Tens
     host = [tensor for tensor in operands if tensor.device.type == "cpu"]
     arrived = {tensor.device.type for tensor in results}
     found = []
-    if away and (packet in _WAITING or _TAGS & set(func.tags)):
+    if away and (packet in _WAITING or (packet not in _INDEXING and _TAGS & set(func.tags))):
         found.append(f"{func} waits for the device")
     if away and packet in _INDEXING and any(t.dtype in (torch.bool, torch.uint8) for t in away[1:]):
         found.append(f"{func} with a mask waits for the device")
@@ -62,7 +62,11 @@ def faults_of_call(func: Any, operands: Sequence[Tensor], results: Sequence[Tens
         found.append(f"{func} copies to the device")
     if host and away:
         writes = func._schema.is_mutable or packet in (aten.copy, aten._to_copy)
-        if any(t.dim() for t in host) or torch.Tag.pointwise not in func.tags or packet is aten.copy:
+        if (
+            any(t.dim() for t in host)
+            or torch.Tag.pointwise not in func.tags
+            or packet is aten.copy
+        ):
             found.append(f"{func} takes a tensor of the host")
         elif writes and operands[0].device.type == "cpu":
             found.append(f"{func} copies to the host")

@@ -67,7 +67,11 @@ class Traffic(TorchDispatchMode):
         self.ran = 0
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         result = _run(func, args, kwargs or {})
         self.faults += faults_of_call(func, tensors(args, kwargs), tensors(result))
@@ -85,7 +89,9 @@ def register() -> torch.library.Library:
     def empty(size: Any, *args: Any, device: Any = None, pin_memory: Any = None, **kw: Any) -> Any:
         return OnCuda(torch.empty(size, **kw))
 
-    def strided(size: Any, stride: Any, device: Any = None, pin_memory: Any = None, **kw: Any) -> Any:
+    def strided(
+        size: Any, stride: Any, device: Any = None, pin_memory: Any = None, **kw: Any
+    ) -> Any:
         return OnCuda(torch.empty_strided(size, stride, **kw))
 
     library.impl("empty.memory_format", empty, "CUDA")

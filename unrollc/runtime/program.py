@@ -209,7 +209,8 @@ class Program:
         train, val = given.train, given.val
         for known in self._variants(given, differentiate):
             lowered = known.lowered
-            scalars = known_scalars(given.read_as(lowered).stock)
+            stock = given.read_as(lowered).stock
+            scalars = functools.partial(known_scalars, stock)
             lifted = lowered.loop.lifted.values()
             same = lowered.lifted_require == tuple(t.requires_grad for t in lifted)
             if same and lowered.loop.holds(scalars, train, val):
