@@ -17,6 +17,37 @@ import pytest
 from unrollc.backends import cache as cache_module
 from unrollc.backends.cache import Cache, clear_cache, open_cache, set_cache_directory
 
+#: Compiles and runs a tiny program in a shared cache, and compares with the ops.
+SHARED = """
+import sys, torch, unrollc
+from pathlib import Path
+from unrollc.backends import inductor
+from unrollc.backends.cache import set_cache_directory
+torch.set_num_threads(1)
+ready, other = Path(sys.argv[2], sys.argv[3]), Path(sys.argv[2], sys.argv[4])
+set_cache_directory(Path(sys.argv[1]))
+def gradients(backend):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(2, 1, bias=False).double()
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    batch = torch.randn(3, 2).double(), torch.randn(3, 1).double()
+    program = unrollc.compile(model, opt, torch.nn.MSELoss(), backend=backend)
+    program(unrollc.repeat(batch, 2), batch).loss.backward()
+    return model.weight.grad
+expected = gradients("aten")
+start, started = inductor._worker, []
+def counting(folder):
+    if not started:  # neither begins to compile before the other has looked into the cache
+        ready.touch()
+        while not other.exists():
+            pass
+    started.append(folder)
+    return start(folder)
+inductor._worker = counting
+torch.testing.assert_close(gradients("inductor"), expected, rtol=1e-10, atol=1e-12)
+print(len(started))
+"""
+
 KEY, OTHER = "a" * 64, "b" * 64
 SECRET = b"s" * 32
 
@@ -279,3 +310,26 @@ def test_a_secret_that_was_cut_off_counts_no_more(folder: Path) -> None:
     cache_module._secret_of(folder)
     (folder / "secret").write_bytes(b"")
     assert len(cache_module._secret_of(folder)) == 32
+
+
+def test_two_processes_that_compile_one_program_at_once_both_get_it_right(
+    folder: Path, tmp_path: Path
+) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", SHARED, str(folder), str(tmp_path), mine, its],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for mine, its in (("one", "two"), ("two", "one"))
+    ]
+    for process in processes:
+        output, errors = process.communicate(timeout=600)
+        assert process.returncode == 0, errors
+        assert int(output) > 0, "it found everything in the cache"
+    left = {path.name for path in folder.iterdir()}
+    assert any(len(name) == 64 for name in left)
+    assert not [name for name in left if name.startswith("draft-")]

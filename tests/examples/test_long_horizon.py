@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parents[2]
-ARGUMENTS = ("--steps", "900", "--outer-steps", "2", "--state")
+ARGUMENTS = ("--steps", "400", "--outer-steps", "2", "--state")
 
 
 def started(state: Path) -> subprocess.Popen[str]:

@@ -218,8 +218,10 @@ def _failed(setting: Setting, hyper: dict[str, Tensor]) -> dict[str, Verdict]:
     that a momentum of zero were no smooth point of both.
     """
     group, failed = setting.opt.param_groups[0], {}
+    verdicts = setting.program().check(setting.train, setting.val)
     for wanted in ("zero", "undefined"):
-        verdicts = setting.program().check(setting.train, setting.val)
+        if failed:  # those that have no effect are numbers by now
+            verdicts = setting.program().check(setting.train, setting.val)
         for name in hyper.keys() - failed.keys():
             if verdicts[_label(name)].status == wanted:
                 failed[name] = verdicts[_label(name)]

@@ -61,11 +61,12 @@ class Loop:
     known: dict[str, Tensor]
     ending: Concretes | None = None
 
-    def holds(self, concrete: Mapping[str, Any], train: Batches, val: Batches) -> bool:
+    def holds(self, scalars: Callable[[], Mapping[str, Any]], train: Batches, val: Batches) -> bool:
         """Whether the guards hold for the current scalars and data.
 
         Args:
-            concrete: Hyperparameters and counters (`known_scalars`).
+            scalars: Reads the hyperparameters and counters (`known_scalars`); not called where
+                there are no guards, because the host waits for a device that holds them.
             train: The batches of all steps.
             val: That of the validation loss.
         """
@@ -74,6 +75,7 @@ class Loop:
         read = {label for concretes in guarded for label in concretes.guarded.inputs}
         if not read:
             return True
+        concrete = scalars()
         known = {label: value for label, value in concrete.items() if not _is_per_step(value)}
         known |= closures_read(read, self.lifted)
         counted = {label for kind in self.kinds for label in kind.concretes.counters}

@@ -19,6 +19,7 @@ from unrollc.capture.averaging import run_user_average
 from unrollc.capture.batches import Batches
 from unrollc.capture.fingerprint import step_hooks_of
 from unrollc.capture.gradients import run_user_transform, steady_loss
+from unrollc.capture.home import at_home
 from unrollc.capture.kind import Kind, Shared, Start, branches_of, cuts_of, tuned_by
 from unrollc.capture.layout import Layout
 from unrollc.capture.model import (
@@ -48,6 +49,7 @@ class StepRecording:
         self.names = shared.names
         self.recorder = Recorder(SourceFinder(module_names(problem)))
         self.recorder.watch({**stock.theta, **stock.opt_state, **stock.average})
+        self.recorder.home = stock.home
         self.values: list[Value] = []
 
     def capture(
@@ -141,17 +143,21 @@ class StepRecording:
     def _examples(self, train: Batches, step: int) -> list[tuple[Role, str, Tensor]]:
         stock = self.stock
         hyper = {
-            label: value.per_step[0] if isinstance(value, PerStep) else value
+            label: at_home(value.per_step, stock.home)[0]
+            if isinstance(value, PerStep)
+            else at_home(value, stock.home)
             for label, value in stock.hyper.items()
         }
+        context = {label: at_home(tensor, stock.home) for label, tensor in stock.context.items()}
+        batch = [at_home(leaf, stock.home) for leaf in train.at(step)]
         groups = (
             (Role.THETA, stock.theta),
             (Role.OPT_STATE, self.state),
             (Role.BUFFER, stock.buffers),
             (Role.AVERAGE, stock.average),
             (Role.HYPER, hyper),
-            (Role.CONTEXT, stock.context),
-            (Role.BATCH, dict(zip(train.labels, train.at(step), strict=True))),
+            (Role.CONTEXT, context),
+            (Role.BATCH, dict(zip(train.labels, batch, strict=True))),
         )
         return [(role, label, t) for role, tensors in groups for label, t in tensors.items()]
 

@@ -159,6 +159,11 @@ class Stock:
         }
         return {**self.theta, **self.context, **hyper}
 
+    @property
+    def home(self) -> torch.device:
+        """The device of the fast weights, where the loop runs."""
+        return next(iter(self.theta.values())).device
+
 
 def take_stock(problem: Problem) -> Stock:
     """Read the tensors out of the user's objects.

@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from unrollc.capture import refusals
 from unrollc.capture.faking import fake_like, faked
 from unrollc.capture.functional import RecordedFunctionalization, from_functional
+from unrollc.capture.home import at_home
 from unrollc.capture.nests import is_continuous, map_tensors, tensors_in
 from unrollc.capture.noise import as_noise
 from unrollc.capture.reading import CONCRETE_NUMEL, Guard, follow, read_number
@@ -74,6 +75,7 @@ class Recorder(TorchDispatchMode):
         nonzero: Labels of hyperparameters for which ``x != 0`` is answered with yes.
         zero_tests: Hyperparameters equal to zero that the code compared with zero.
         assumed: Answers given for `nonzero`; the graph is valid under the others as well.
+        home: The device of the fast weights.
         networks_running: How many forwards of an optimizer's networks are on the stack.
     """
 
@@ -102,6 +104,7 @@ class Recorder(TorchDispatchMode):
         self.declaring = False
         self.networks_running = 0
         self.sources = sources
+        self.home = torch.device("cpu")
         self._nodes: dict[int, fx.Node] = {}
         self._alive: list[Tensor] = []
         self._lines: dict[int, Source | None] = {}
@@ -278,7 +281,7 @@ class Recorder(TorchDispatchMode):
             label = self._fast_memory.get(memory_of(tensor))
         if label is not None:
             raise refusals.behind_the_back(label, self._line())
-        fake = self.input(f"lifted_{len(self.lifted)}", tensor)
+        fake = self.input(f"lifted_{len(self.lifted)}", at_home(tensor, self.home))
         node = self._nodes[id(fake)]
         self.lifted.append((tensor, node))
         return fake

@@ -18,6 +18,7 @@ from unrollc.capture.assemble import (
 from unrollc.capture.averaging import averaged_labels
 from unrollc.capture.batches import Batches
 from unrollc.capture.gradients import steady_loss
+from unrollc.capture.home import at_home
 from unrollc.capture.loop import Loop
 from unrollc.capture.model import captured, capturing, explained, module_names, run_user_loss
 from unrollc.capture.naming import Names
@@ -51,9 +52,10 @@ def _recorded(
     recorder = Recorder(SourceFinder(module_names(problem)))
     recorder.compiling = compiling
     recorder.watch({**stock.theta, **stock.average})
+    recorder.home = stock.home
     groups = _inputs(stock, val, loop, averaged := _averaged(problem))
     values = [Value(role, k, names(k)) for role, tensors in groups for k in tensors]
-    examples = [tensor for _, tensors in groups for tensor in tensors.values()]
+    examples = [at_home(t, stock.home) for _, tensors in groups for t in tensors.values()]
     inputs = [
         recorder.input(v.name, t, loop.known.get(v.label) if v.role is Role.BUFFER else None)
         for v, t in zip(values, examples, strict=True)

@@ -35,5 +35,6 @@ def literal(value: Any, names: dict[fx.Node, str]) -> str:
 
 
 def tensor_literal(tensor: torch.Tensor) -> str:
-    """A small constant tensor."""
-    return f"torch.tensor({literal(tensor.tolist(), {})}, dtype={tensor.dtype})"
+    """A small constant tensor, on the device where the captured code made it."""
+    place = "" if tensor.device.type == "cpu" else f', device="{tensor.device}"'
+    return f"torch.tensor({literal(tensor.tolist(), {})}, dtype={tensor.dtype}{place})"

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from unrollc.capture.averaging import averaged_labels
 from unrollc.capture.batches import Batches, read_train, read_val
 from unrollc.capture.fingerprint import Fingerprint
+from unrollc.capture.home import at_home
 from unrollc.capture.layout import Layout, Manner, filler, plain_number, write_back
 from unrollc.capture.loop import known_scalars
 from unrollc.capture.nests import is_continuous
@@ -219,7 +220,8 @@ class Program:
         train, val = given.train, given.val
         for known in self._variants(given, differentiate):
             lowered = known.lowered
-            scalars = known_scalars(given.read_as(lowered).stock)
+            stock = given.read_as(lowered).stock
+            scalars = functools.partial(known_scalars, stock)
             lifted = lowered.loop.lifted.values()
             same = lowered.lifted_require == tuple(t.requires_grad for t in lifted)
             if same and lowered.loop.holds(scalars, train, val):
@@ -391,7 +393,8 @@ def _inputs(lowered: Lowered, given: Given) -> dict[str, Any]:
         for label, leaf in zip(batches.labels, batches.leaves, strict=True):
             everything[label] = list(leaf) if isinstance(leaf, tuple) else leaf
     labels = dict.fromkeys((*lowered.generated.labels, *lowered.pieces.wanted))
-    return {label: everything[label] for label in labels}
+    settled = functools.partial(at_home, home=stock.home)
+    return {label: pytree.tree_map(settled, everything[label]) for label in labels}
 
 
 def _check_finite(inputs: dict[str, Any], per_step: frozenset[str]) -> None:
