@@ -19,7 +19,7 @@ from unrollc.backends.cache import Cache, clear_cache, open_cache, set_cache_dir
 
 #: Compiles and runs a tiny program in a shared cache, and compares with the ops.
 SHARED = """
-import sys, torch, unrollc
+import sys, time, torch, unrollc
 from pathlib import Path
 from unrollc.backends import inductor
 from unrollc.backends.cache import set_cache_directory
@@ -40,7 +40,7 @@ def counting(folder):
     if not started:  # neither begins to compile before the other has looked into the cache
         ready.touch()
         while not other.exists():
-            pass
+            time.sleep(0.01)
     started.append(folder)
     return start(folder)
 inductor._worker = counting

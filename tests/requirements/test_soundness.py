@@ -2,7 +2,7 @@
 
 "zero" must be zero, "exists" must be what finite differences give, and a derivative without kinks
 that is said to exist must be there. The programs come from `grammar`. The ordinary run searches
-the same 1,200 each time; ``--programs N`` searches N others.
+the same 2,000 each time; ``--programs N`` searches N others.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from unrollc.runtime import lowering
 
 pytestmark = pytest.mark.usefixtures("float64")
 
-SHARDS = 6
-ORDINARY = 1200
+SHARDS = 10
+ORDINARY = 2000
 
 #: One program in this many is differentiated, lowered and run; of all others the verdicts by
 #: dependence are judged, which is four times as fast and claims no less.

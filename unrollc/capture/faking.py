@@ -150,9 +150,7 @@ def _described(value: Any) -> Any:
     """What of an operand an op's result depends on."""
     kind = type(value)
     if kind is FakeTensor:
-        if value.layout is not torch.strided or value.dtype.is_complex or value.is_neg():
-            raise _UnknownError
-        if value.constant is not None:
+        if not _is_plain(value):
             raise _UnknownError
         # Some ops, such as the functional copy, keep what lies around a part of a storage.
         place = value.storage_offset(), value.untyped_storage().nbytes()
@@ -180,9 +178,7 @@ def _forms(results: tuple[Any, ...], given: set[int]) -> tuple[_Form | None, ...
 
 def _form(result: Any, given: set[int]) -> _Form | None:
     """How to make a result again that lies in none of the given storages; None if not known."""
-    if type(result) is not FakeTensor or result.requires_grad or result.constant is not None:
-        return None
-    if result.layout is not torch.strided or result.dtype.is_complex or result.is_neg():
+    if type(result) is not FakeTensor or result.requires_grad or not _is_plain(result):
         return None
     storage = result.untyped_storage()
     own = storage._cdata not in given and result.storage_offset() == 0
@@ -191,6 +187,16 @@ def _form(result: Any, given: set[int]) -> _Form | None:
     if not own or not dense:
         return None
     return _Form(result.shape, result.stride(), result.dtype, result.fake_device)
+
+
+def _is_plain(tensor: FakeTensor) -> bool:
+    """Whether shape, strides, dtype and device are all that ops see of a tensor.
+
+    They also see the zeros that autograd makes for what has no tangent: a product with such a
+    tensor is another one.
+    """
+    marked = tensor.is_neg() or tensor._is_zerotensor() or tensor.constant is not None
+    return tensor.layout is torch.strided and not tensor.dtype.is_complex and not marked
 
 
 def _storages(value: Any) -> set[int]:
