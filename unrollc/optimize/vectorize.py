@@ -12,6 +12,7 @@ each task's weights as its own loss does; so a derivative of the new loop is the
 from __future__ import annotations
 
 import contextlib
+import functools
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ from unrollc.capture.source import SourceFinder
 from unrollc.differentiate.guarded import guards_of
 from unrollc.differentiate.pure import PureRecorder
 from unrollc.differentiate.replay import Replay, calls
+from unrollc.optimize.batching_rules import RULES, Operands, repeated
 from unrollc.optimize.congruence import Key, key_of
 from unrollc.step import ATTACH, STATE_ROLES, Phase, Role, StepGraph, Value
 
@@ -53,6 +55,13 @@ class TaskLoop:
     count: int
     state: frozenset[Key]
 
+    @functools.cached_property
+    def own(self) -> frozenset[str]:
+        """Labels of the inputs that have that axis."""
+        graphs = (*self.loop.steps, self.val)
+        values = [value for graph in graphs for value in graph.inputs]
+        return frozenset(value.label for value in values if _is_own(value, self.state))
+
 
 def vectorized(loop: Loop, val: StepGraph, count: int) -> TaskLoop:
     """``loop of one task --> loop of `count` tasks``.
@@ -77,7 +86,9 @@ def _own_state(steps: Sequence[StepGraph]) -> frozenset[Key]:
         found = state
         for step in steps:
             own = _own_nodes(step, state)
-            after = {key_of(value) for value, node in step.outputs_with(*STATE_ROLES) if node in own}
+            after = {
+                key_of(value) for value, node in step.outputs_with(*STATE_ROLES) if node in own
+            }
             found |= after
         if found == state:
             return state
@@ -196,19 +207,33 @@ class _SideBySide(Replay):
         if node not in self.own:
             return target(*args, **kwargs)
         if self.own.isdisjoint(node.all_input_nodes):
-            return self._repeated(target(*args, **kwargs))
+            return repeated(target(*args, **kwargs), self.count)
         if target is operator.getitem:
             return target(*args)
         if target is ATTACH:
             return target(*(self._own_value(each) for each in node.all_input_nodes))
         last = next(reversed(self.recorder.graph.nodes))
-        result = self._vmapped(node)
+        rule = RULES.get(target)
+        result = rule(self._operands(node, args), target, kwargs) if rule else None
+        if result is None:
+            result = self._vmapped(node)
         for made in reversed(self.recorder.graph.nodes):
             if made is last:
                 break
             if made.target is target:
                 made.meta.update({key: node.meta[key] for key in _MARKS if key in node.meta})
         return result
+
+    def _operands(self, node: fx.Node, args: Sequence[Any]) -> Operands:
+        shapes = [_shape(arg.meta["val"]) if _is_node(arg) else None for arg in node.args]
+        value = node.meta["val"]
+        return Operands(
+            args,
+            [arg in self.own if _is_node(arg) else False for arg in node.args],
+            [None if shape is None else len(shape) for shape in shapes],
+            [_shape(each) for each in (value if isinstance(value, tuple | list) else [value])],
+            self.count,
+        )
 
     def _vmapped(self, node: fx.Node) -> Any:
         """One op on all tasks, the axis in front of its results."""
@@ -242,10 +267,11 @@ class _SideBySide(Replay):
 
     def _own_value(self, node: fx.Node) -> Tensor:
         value: Tensor = self.values[node]
-        return value if node in self.own else self._repeated(value)
+        return value if node in self.own else repeated(value, self.count)  # type: ignore[no-any-return]
 
-    def _repeated(self, value: Tensor) -> Tensor:
-        return value.expand(self.count, *value.shape).contiguous()
+
+def _shape(value: Any) -> torch.Size | None:
+    return value.shape if isinstance(value, Tensor) else None
 
 
 def _is_node(value: Any) -> bool:

@@ -20,10 +20,12 @@ class Executor:
 
     Attributes:
         lowered: The program.
+        backend: Its backend, as the user named it.
     """
 
     def __init__(self, lowered: Lowered, backend: str) -> None:
         self.lowered = lowered
+        self.backend = backend
         self._backend = AUTO if backend == "auto" else backend
         self._generated: ModuleType | None = None
         self._compiled: ModuleType | None = None

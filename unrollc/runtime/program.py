@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
@@ -29,15 +31,18 @@ from unrollc.capture.problem import (
 from unrollc.capture.schedule import Schedule, put_back, run_schedule
 from unrollc.capture.trees import rebuild
 from unrollc.errors import NonFiniteError
+from unrollc.optimize.congruence import Key
 from unrollc.requirements.verdict import Requirements
 from unrollc.runtime.bridge import MetaLoop, Run
 from unrollc.runtime.executor import Executor
 from unrollc.runtime.lowering import Lowered, check, lower
 from unrollc.runtime.options import Options
 from unrollc.runtime.result import BatchedResult, Result
+from unrollc.runtime.side_by_side import joint_inputs, shares, state_of_each
 from unrollc.runtime.spill import Spilled
 from unrollc.runtime.store import open_store
-from unrollc.runtime.tasks import Task, batch_of_tasks, task_pairs
+from unrollc.runtime.task_plan import Asked, Joint, Joints, TaskPlan, plan_group
+from unrollc.runtime.tasks import Share, Task, batch_of_tasks, check_reduction, task_pairs
 from unrollc.runtime.tensor_files import digest_of
 from unrollc.step import STATE_ROLES, Role
 
@@ -87,6 +92,7 @@ class Program:
         self._options = options
         self._cache: dict[Any, list[Executor]] = {}
         self._pinned: dict[Any, list[Any]] = {}
+        self._joints = _no_joints()
         self._moving: frozenset[str] = frozenset()
 
     def __call__(self, train: Any, val: Any) -> Result:
@@ -107,7 +113,7 @@ class Program:
             RequirementError: If a requested meta-gradient does not exist.
             NonFiniteError: With ``debug=True``, at the first NaN or infinity.
         """
-        prepared = self._prepare(train, val)
+        prepared = self._prepare(*self._found(train, val))
         run, meta = prepared.run, prepared.run.meta
         if meta:
             loss: Tensor = MetaLoop.apply(run, *meta)  # type: ignore[no-untyped-call]
@@ -116,54 +122,128 @@ class Program:
             run.forget()
         return self._finished(prepared, loss)
 
-    def batched(self, tasks: Sequence[tuple[Any, Any]], reduction: str = "mean") -> BatchedResult:
+    def batched(
+        self,
+        tasks: Sequence[tuple[Any, Any]],
+        reduction: str = "mean",
+        vectorize: bool | None = None,
+    ) -> BatchedResult:
         """Adapt on many tasks, each from the same θ_0, and average their validation losses.
 
-        The backward pass of a task runs right after its forward pass, so memory beyond the results
-        is that of one task whatever their number, and ``loss.backward()`` only scales what is
-        there. A value that is changed between the two does not matter.
+        Tasks of equal shapes run side by side, as one loop over batched tensors, where that is
+        predicted to be faster and fits into ``memory=``; otherwise one by one, in the memory of
+        one task. The backward pass of what runs together comes right after its forward pass, so
+        that ``loss.backward()`` only scales what is there, and a value that is changed between the
+        two does not matter.
 
         Args:
             tasks: For each task ``(train, val)`` as the program takes them. Shapes may differ;
                 equal shapes are lowered once.
             reduction: "mean" or "sum" of the losses, or "none" for each, shape ``[tasks]``; then
                 each task's gradient is held until the backward pass.
+            vectorize: True for side by side, False for one by one; None for what is predicted to
+                be faster. Numbers differ by rounding.
 
         Returns:
-            A `BatchedResult`.
+            A `BatchedResult`; its plan says how the tasks ran, and why.
 
         Raises:
-            InputError: If `tasks` or `reduction` has the wrong form; otherwise as for a call.
+            InputError: If `tasks` or `reduction` has the wrong form, or if tasks cannot run side by
+                side and should; otherwise as for a call.
         """
-        pairs = task_pairs(tasks)
-        losses, results = batch_of_tasks(self._tasks(pairs), len(pairs), reduction)
-        return BatchedResult(losses, tuple(results))
+        found, plan = self._task_plan(tasks, reduction, vectorize)
+        runs = self._tasks(found, plan, separate=reduction == "none")
+        losses, results = batch_of_tasks(runs, len(found), reduction)
+        return BatchedResult(losses, tuple(results), plan)
 
-    def _tasks(self, pairs: Sequence[tuple[Any, Any]]) -> Iterator[Task]:
-        """The tasks one by one, so that what one needs is gone before the next is read."""
-        for train, val in pairs:
-            prepared = self._prepare(train, val)
-            finish = functools.partial(self._finished, prepared)
-            yield Task(prepared.run, finish)
+    def lower_batched(
+        self,
+        tasks: Sequence[tuple[Any, Any]],
+        reduction: str = "mean",
+        vectorize: bool | None = None,
+    ) -> TaskPlan:
+        """How `batched` would run these tasks, and why; run nothing."""
+        return self._task_plan(tasks, reduction, vectorize)[1]
 
-    def _prepare(self, train: Any, val: Any) -> Prepared:
+    def _task_plan(
+        self, tasks: Sequence[tuple[Any, Any]], reduction: str, vectorize: bool | None
+    ) -> tuple[list[tuple[Given, Executor]], TaskPlan]:
+        check_reduction(reduction)
+        found = [self._found(train, val) for train, val in task_pairs(tasks)]
+        asked = Asked(self._options, reduction == "none", vectorize)
+        places: dict[Executor, list[int]] = {}
+        for place, (_, executor) in enumerate(found):
+            places.setdefault(executor, []).append(place)
+        groups = []
+        for executor, mine in places.items():
+            given = found[mine[0]][0]
+            joints = self._joints.setdefault(executor, Joints())
+            groups.append(plan_group(mine, executor, joints, given.stock, given.train, asked))
+        return found, TaskPlan(tuple(groups))
+
+    def _tasks(
+        self, found: Sequence[tuple[Given, Executor]], plan: TaskPlan, *, separate: bool
+    ) -> Iterator[Task]:
+        """What runs together, run by run, so that what one needs is gone before the next."""
+        for places, joint in plan.runs:
+            if joint is None:
+                yield self._single(places, self._prepare(*found[places[0]]))
+            else:
+                yield self._several(places, [found[n][0] for n in places], joint, separate)
+
+    def _single(self, places: tuple[int, ...], prepared: Prepared) -> Task:
+        run = prepared.run
+
+        def share(gradients: Iterable[Tensor | None]) -> Iterator[Share]:
+            yield from zip(itertools.repeat(0), run.meta, gradients)
+
+        return Task(places, run, lambda loss: [self._finished(prepared, loss)], share)
+
+    def _several(
+        self, places: tuple[int, ...], given: Sequence[Given], joint: Joint, separate: bool
+    ) -> Task:
+        lowered = joint.executor.lowered
+        read = [each.read_as(lowered) for each in given]
+        inputs = [self._inputs(lowered, each) for each in read]
+        module, wanted = joint.executor.module(), lowered.pieces.wanted
+        run = Run(module, joint_inputs(joint, inputs), 0, wanted)
+
+        def finish(losses: Tensor) -> list[Result]:
+            states = state_of_each(joint, self._state(lowered, run))
+            assert run.inner_losses is not None
+            rows = zip(read, states, run.inner_losses.unbind(1), losses, strict=True)
+            return [
+                self._result(lowered, each, state, inner.clone(), loss)
+                for each, state, inner, loss in rows
+            ]
+
+        return Task(places, run, finish, functools.partial(shares, joint, inputs, separate))
+
+    def _found(self, train: Any, val: Any) -> tuple[Given, Executor]:
+        """What a call starts from, and what runs it."""
         given = self._read(train, val)
-        executor = self._lowered(given, torch.is_grad_enabled())
+        return given, self._lowered(given, torch.is_grad_enabled())
+
+    def _prepare(self, given: Given, executor: Executor) -> Prepared:
         lowered, module = executor.lowered, executor.module()
         given = given.read_as(lowered)
-        inputs = _inputs(lowered, given)
-        if self._options.debug:
-            _check_finite(inputs, lowered.pieces.per_step)
+        inputs = self._inputs(lowered, given)
         noisy = any(graph.inputs_with(Role.NOISE) for graph in lowered.pieces.graphs)
         seed = int(torch.randint(2**62, (), dtype=torch.int64)) if noisy else 0
         spilled = self._spilled(executor, module, inputs, seed)
         return Prepared(lowered, given, Run(module, inputs, seed, lowered.pieces.wanted, spilled))
 
-    def _finished(self, prepared: Prepared, loss: Tensor) -> Result:
-        result = self._result(prepared.lowered, prepared.given, prepared.run, loss)
+    def _inputs(self, lowered: Lowered, given: Given) -> dict[str, Any]:
+        inputs = _inputs(lowered, given)
         if self._options.debug:
-            _check_result(result)
-        return result
+            _check_finite(inputs, lowered.pieces.per_step)
+        return inputs
+
+    def _finished(self, prepared: Prepared, loss: Tensor) -> Result:
+        lowered, run = prepared.lowered, prepared.run
+        assert run.inner_losses is not None
+        state = self._state(lowered, run)
+        return self._result(lowered, prepared.given, state, run.inner_losses, loss)
 
     def lower(self, train: Any, val: Any) -> Lowered:
         """Capture, check, differentiate, plan and generate; run nothing.
@@ -187,7 +267,7 @@ class Program:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles lower again."""
-        return {**self.__dict__, "_cache": {}, "_pinned": {}}
+        return {**self.__dict__, "_cache": {}, "_pinned": {}, "_joints": _no_joints()}
 
     # -- lowering and its cache -----------------------------------------------------------------
 
@@ -257,28 +337,38 @@ class Program:
 
     # -- results ----------------------------------------------------------------------------------
 
-    def _result(self, lowered: Lowered, given: Given, run: Run, loss: Tensor) -> Result:
-        stock = given.stock
+    def _state(self, lowered: Lowered, run: Run) -> dict[Key, Tensor]:
+        """The last state as the user knows it; nothing of it is a tensor of the user's."""
         last = lowered.pieces.steps[lowered.pieces.sequence[-1]]
         owned = {id(t) for t in pytree.tree_leaves(dict(run.inputs)) if isinstance(t, Tensor)}
-        after: dict[Role, dict[str, Tensor]] = {role: {} for role in STATE_ROLES}
         values = [value for value, _ in last.outputs_with(*STATE_ROLES)]
         own = [t.detach().clone() if id(t) in owned else t for t in run.state]
-        for (role, label), tensor in lowered.packing.unpacked(values, own).items():
+        return lowered.packing.unpacked(values, own)
+
+    def _result(
+        self,
+        lowered: Lowered,
+        given: Given,
+        state: Mapping[Key, Tensor],
+        inner_losses: Tensor,
+        loss: Tensor,
+    ) -> Result:
+        stock = given.stock
+        after: dict[Role, dict[str, Tensor]] = {role: {} for role in STATE_ROLES}
+        for (role, label), tensor in state.items():
             after[role][label] = tensor
         buffers = {
             k: after[Role.BUFFER][k] if k in after[Role.BUFFER] else t.detach().clone()
             for k, t in stock.buffers.items()
         }
         own_buffers = {name for name, _ in self._problem.model.named_buffers()}
-        assert run.inner_losses is not None
         layout = lowered.loop.layout
         start = {**stock.theta, **stock.context, **stock.opt_state}
         held: dict[str, Any] = {**start, **after[Role.OPT_STATE]}
         held |= {label: plain_number(held[label]) for label in layout.traced}
         made: dict[Any, Any] = {"self": self._problem.opt}
-        state = {owner: rebuild(tree, filler(held), made) for owner, tree in layout.state}
-        return Result(
+        kept = {owner: rebuild(tree, filler(held), made) for owner, tree in layout.state}
+        result = Result(
             loss=loss,
             params={
                 name: after[Role.THETA].get(name, parameter.detach())
@@ -286,12 +376,15 @@ class Program:
             },
             buffers={k: t for k, t in buffers.items() if k in own_buffers},
             other_buffers={k: t for k, t in buffers.items() if k not in own_buffers},
-            opt_state=state,
-            inner_losses=run.inner_losses,
+            opt_state=kept,
+            inner_losses=inner_losses,
             average=_average(given.problem, after[Role.AVERAGE]),
             scheduler=None if given.schedule is None else given.schedule.state,
             _write=functools.partial(self._apply, given, layout, after),
         )
+        if self._options.debug:
+            _check_result(result)
+        return result
 
     def _apply(
         self,
@@ -320,6 +413,11 @@ class Program:
 #: least recently used key and the oldest program go first.
 _MOST_CACHED = 64
 _MOST_VARIANTS = 16
+
+
+def _no_joints() -> weakref.WeakKeyDictionary[Executor, Joints]:
+    """Programs of several tasks go with the program of one that they belong to."""
+    return weakref.WeakKeyDictionary()
 
 
 def _autocast(stock: Stock) -> tuple[Any, ...]:
