@@ -225,11 +225,12 @@ class _SideBySide(Replay):
         return result
 
     def _operands(self, node: fx.Node, args: Sequence[Any]) -> Operands:
-        shapes = [_shape(arg.meta["val"]) if _is_node(arg) else None for arg in node.args]
+        nodes = [arg if isinstance(arg, fx.Node) else None for arg in node.args]
+        shapes = [None if each is None else _shape(each.meta["val"]) for each in nodes]
         value = node.meta["val"]
         return Operands(
             args,
-            [arg in self.own if _is_node(arg) else False for arg in node.args],
+            [each in self.own for each in nodes],
             [None if shape is None else len(shape) for shape in shapes],
             [_shape(each) for each in (value if isinstance(value, tuple | list) else [value])],
             self.count,
@@ -267,7 +268,7 @@ class _SideBySide(Replay):
 
     def _own_value(self, node: fx.Node) -> Tensor:
         value: Tensor = self.values[node]
-        return value if node in self.own else repeated(value, self.count)  # type: ignore[no-any-return]
+        return value if node in self.own else repeated(value, self.count)
 
 
 def _shape(value: Any) -> torch.Size | None:

@@ -14,29 +14,23 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from unrollc.capture.averaging import averaged_labels
-from unrollc.capture.batches import Batches, read_train, read_val
 from unrollc.capture.fingerprint import Fingerprint
-from unrollc.capture.layout import Layout, Manner, filler, plain_number, write_back
+from unrollc.capture.layout import Manner
 from unrollc.capture.loop import known_scalars
-from unrollc.capture.nests import is_continuous
 from unrollc.capture.problem import (
-    Objective,
     PerStep,
     Problem,
     Stock,
     read_again,
-    take_stock,
 )
-from unrollc.capture.schedule import Schedule, put_back, run_schedule
-from unrollc.capture.trees import rebuild
-from unrollc.errors import NonFiniteError
 from unrollc.optimize.congruence import Key
 from unrollc.requirements.verdict import Requirements
 from unrollc.runtime.bridge import MetaLoop, Run
 from unrollc.runtime.executor import Executor
+from unrollc.runtime.given import Given, inputs_of, read_batches, read_given
 from unrollc.runtime.lowering import Lowered, check, lower
 from unrollc.runtime.options import Options
+from unrollc.runtime.outcome import last_state, result_of
 from unrollc.runtime.result import BatchedResult, Result
 from unrollc.runtime.side_by_side import joint_inputs, shares, state_of_each
 from unrollc.runtime.spill import Spilled
@@ -44,29 +38,7 @@ from unrollc.runtime.store import open_store
 from unrollc.runtime.task_plan import Asked, Joint, Joints, TaskPlan, plan_group
 from unrollc.runtime.tasks import Share, Task, batch_of_tasks, check_reduction, task_pairs
 from unrollc.runtime.tensor_files import digest_of
-from unrollc.step import STATE_ROLES, Role
-
-
-@dataclass(frozen=True)
-class Given:
-    """What one call of a program starts from.
-
-    Attributes:
-        problem: The user's objects; the optimizer holds the schedule of a scheduler.
-        stock: Their tensors.
-        train, val: The data.
-        schedule: The schedule, where there is a scheduler.
-    """
-
-    problem: Problem
-    stock: Stock
-    train: Batches
-    val: Batches
-    schedule: Schedule | None = None
-
-    def read_as(self, lowered: Lowered) -> Given:
-        """With the optimizer's state in the manner in which `lowered` takes it."""
-        return replace(self, stock=read_again(self.problem, self.stock, lowered.loop.manner))
+from unrollc.step import Role
 
 
 @dataclass(frozen=True)
@@ -169,7 +141,7 @@ class Program:
         self, tasks: Sequence[tuple[Any, Any]], reduction: str, vectorize: bool | None
     ) -> tuple[list[tuple[Given, Executor]], TaskPlan]:
         check_reduction(reduction)
-        found = [self._found(train, val) for train, val in task_pairs(tasks)]
+        found = self._found_all(task_pairs(tasks))
         asked = Asked(self._options, reduction == "none", vectorize)
         places: dict[Executor, list[int]] = {}
         for place, (_, executor) in enumerate(found):
@@ -203,47 +175,70 @@ class Program:
         self, places: tuple[int, ...], given: Sequence[Given], joint: Joint, separate: bool
     ) -> Task:
         lowered = joint.executor.lowered
-        read = [each.read_as(lowered) for each in given]
-        inputs = [self._inputs(lowered, each) for each in read]
+        stock = given[0].read_as(lowered).stock
+        read = [replace(each, stock=stock) for each in given]
+        inputs = [inputs_of(lowered, each, debug=self._options.debug) for each in read]
         module, wanted = joint.executor.module(), lowered.pieces.wanted
         run = Run(module, joint_inputs(joint, inputs), 0, wanted)
 
         def finish(losses: Tensor) -> list[Result]:
-            states = state_of_each(joint, self._state(lowered, run))
+            states = state_of_each(joint, last_state(lowered, run))
             assert run.inner_losses is not None
-            rows = zip(read, states, run.inner_losses.unbind(1), losses, strict=True)
-            return [
-                self._result(lowered, each, state, inner.clone(), loss)
-                for each, state, inner, loss in rows
-            ]
+            inner = (each.clone() for each in run.inner_losses.unbind(1))
+            rows = zip(read, states, zip(losses, inner, strict=True), strict=True)
+            return [self._result(lowered, *row) for row in rows]
 
         return Task(places, run, finish, functools.partial(shares, joint, inputs, separate))
 
+    def _result(
+        self,
+        lowered: Lowered,
+        given: Given,
+        state: Mapping[Key, Tensor],
+        losses: tuple[Tensor, Tensor],
+    ) -> Result:
+        debug = self._options.debug
+        return result_of(self._problem, lowered, given, state, losses, debug=debug)
+
+    def _found_all(self, pairs: Sequence[tuple[Any, Any]]) -> list[tuple[Given, Executor]]:
+        """What each of several calls starts from, and what runs it.
+
+        They start from the same objects, so these are looked at once. Only where the program
+        depends on values in the data, or a schedule is run, is each looked up.
+        """
+        known: dict[Any, tuple[Given, Executor]] = {}
+        found = []
+        for train, val in pairs:
+            batches = read_batches(self._problem, train, val)
+            key = tuple(each.signature() for each in batches)
+            alike = key in known and self._problem.scheduler is None
+            if alike and not known[key][1].lowered.loop.reads_of(*batches):
+                given, executor = known[key]
+                found.append((replace(given, train=batches[0], val=batches[1]), executor))
+            else:
+                known[key] = self._found(train, val)
+                found.append(known[key])
+        return found
+
     def _found(self, train: Any, val: Any) -> tuple[Given, Executor]:
         """What a call starts from, and what runs it."""
-        given = self._read(train, val)
+        given = read_given(self._problem, train, val)
         return given, self._lowered(given, torch.is_grad_enabled())
 
     def _prepare(self, given: Given, executor: Executor) -> Prepared:
         lowered, module = executor.lowered, executor.module()
         given = given.read_as(lowered)
-        inputs = self._inputs(lowered, given)
+        inputs = inputs_of(lowered, given, debug=self._options.debug)
         noisy = any(graph.inputs_with(Role.NOISE) for graph in lowered.pieces.graphs)
         seed = int(torch.randint(2**62, (), dtype=torch.int64)) if noisy else 0
         spilled = self._spilled(executor, module, inputs, seed)
         return Prepared(lowered, given, Run(module, inputs, seed, lowered.pieces.wanted, spilled))
 
-    def _inputs(self, lowered: Lowered, given: Given) -> dict[str, Any]:
-        inputs = _inputs(lowered, given)
-        if self._options.debug:
-            _check_finite(inputs, lowered.pieces.per_step)
-        return inputs
-
     def _finished(self, prepared: Prepared, loss: Tensor) -> Result:
         lowered, run = prepared.lowered, prepared.run
         assert run.inner_losses is not None
-        state = self._state(lowered, run)
-        return self._result(lowered, prepared.given, state, run.inner_losses, loss)
+        losses = loss, run.inner_losses
+        return self._result(lowered, prepared.given, last_state(lowered, run), losses)
 
     def lower(self, train: Any, val: Any) -> Lowered:
         """Capture, check, differentiate, plan and generate; run nothing.
@@ -251,18 +246,18 @@ class Program:
         The same object is returned until shapes, dtypes, devices, T, the structure of state or
         the Python values that the code depends on change.
         """
-        return self._lowered(self._read(train, val), torch.is_grad_enabled()).lowered
+        return self._lowered(read_given(self._problem, train, val), torch.is_grad_enabled()).lowered
 
     def inputs(self, train: Any, val: Any) -> dict[str, Any]:
         """The tensors that a saved program takes, by label (detached)."""
-        given = self._read(train, val)
+        given = read_given(self._problem, train, val)
         lowered = self._lowered(given, torch.is_grad_enabled()).lowered
-        inputs = _inputs(lowered, given.read_as(lowered))
+        inputs = inputs_of(lowered, given.read_as(lowered), debug=False)
         return pytree.tree_map_only(Tensor, Tensor.detach, inputs)  # type: ignore[no-any-return]
 
     def check(self, train: Any, val: Any) -> Requirements:
         """The requirements alone; raises for no failed one."""
-        given = self._read(train, val)
+        given = read_given(self._problem, train, val)
         return check(given.problem, self._options, given.stock, given.train, given.val)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -270,19 +265,6 @@ class Program:
         return {**self.__dict__, "_cache": {}, "_pinned": {}, "_joints": _no_joints()}
 
     # -- lowering and its cache -----------------------------------------------------------------
-
-    def _read(self, train: Any, val: Any) -> Given:
-        paired = not isinstance(self._problem.loss, Objective)
-        paired_val = not isinstance(self._problem.val_loss, Objective)
-        train_batches = read_train(train, paired=paired)
-        val_batches = read_val(val, paired=paired_val)
-        problem, scheduler = self._problem, self._problem.scheduler
-        if scheduler is None:
-            return Given(problem, take_stock(problem), train_batches, val_batches)
-        schedule = run_schedule(problem.opt, scheduler, train_batches.steps)
-        problem = replace(problem, opt=schedule.opt)
-        stock = replace(take_stock(problem), behind=schedule.behind)
-        return Given(problem, stock, train_batches, val_batches, schedule)
 
     def _lowered(self, given: Given, differentiate: bool) -> Executor:
         train, val = given.train, given.val
@@ -335,79 +317,6 @@ class Program:
         store = open_store(options.spill, digest, seed)
         return Spilled(module, store, options.progress)
 
-    # -- results ----------------------------------------------------------------------------------
-
-    def _state(self, lowered: Lowered, run: Run) -> dict[Key, Tensor]:
-        """The last state as the user knows it; nothing of it is a tensor of the user's."""
-        last = lowered.pieces.steps[lowered.pieces.sequence[-1]]
-        owned = {id(t) for t in pytree.tree_leaves(dict(run.inputs)) if isinstance(t, Tensor)}
-        values = [value for value, _ in last.outputs_with(*STATE_ROLES)]
-        own = [t.detach().clone() if id(t) in owned else t for t in run.state]
-        return lowered.packing.unpacked(values, own)
-
-    def _result(
-        self,
-        lowered: Lowered,
-        given: Given,
-        state: Mapping[Key, Tensor],
-        inner_losses: Tensor,
-        loss: Tensor,
-    ) -> Result:
-        stock = given.stock
-        after: dict[Role, dict[str, Tensor]] = {role: {} for role in STATE_ROLES}
-        for (role, label), tensor in state.items():
-            after[role][label] = tensor
-        buffers = {
-            k: after[Role.BUFFER][k] if k in after[Role.BUFFER] else t.detach().clone()
-            for k, t in stock.buffers.items()
-        }
-        own_buffers = {name for name, _ in self._problem.model.named_buffers()}
-        layout = lowered.loop.layout
-        start = {**stock.theta, **stock.context, **stock.opt_state}
-        held: dict[str, Any] = {**start, **after[Role.OPT_STATE]}
-        held |= {label: plain_number(held[label]) for label in layout.traced}
-        made: dict[Any, Any] = {"self": self._problem.opt}
-        kept = {owner: rebuild(tree, filler(held), made) for owner, tree in layout.state}
-        result = Result(
-            loss=loss,
-            params={
-                name: after[Role.THETA].get(name, parameter.detach())
-                for name, parameter in self._problem.model.named_parameters()
-            },
-            buffers={k: t for k, t in buffers.items() if k in own_buffers},
-            other_buffers={k: t for k, t in buffers.items() if k not in own_buffers},
-            opt_state=kept,
-            inner_losses=inner_losses,
-            average=_average(given.problem, after[Role.AVERAGE]),
-            scheduler=None if given.schedule is None else given.schedule.state,
-            _write=functools.partial(self._apply, given, layout, after),
-        )
-        if self._options.debug:
-            _check_result(result)
-        return result
-
-    def _apply(
-        self,
-        given: Given,
-        layout: Layout,
-        after: Mapping[Role, dict[str, Tensor]],
-        result: Result,
-    ) -> None:
-        stock = take_stock(self._problem)
-        by_label: dict[Any, Any] = {**stock.theta, **stock.context}
-        with torch.no_grad():
-            for label in stock.theta:
-                by_label[label].copy_(result.params[label])
-            for label, tensor in {**result.buffers, **result.other_buffers}.items():
-                stock.buffers[label].copy_(tensor)
-            for label, tensor in after[Role.AVERAGE].items():
-                stock.average[label].copy_(tensor)
-        own = {label: tensor.detach().clone() for label, tensor in after[Role.OPT_STATE].items()}
-        write_back(self._problem.opt, layout, {**given.stock.opt_state, **own}, by_label)
-        if given.schedule is not None:
-            assert self._problem.scheduler is not None
-            put_back(given.schedule, self._problem.opt, self._problem.scheduler)
-
 
 #: Keys under which lowered programs are kept, and programs under each (they differ in guards); the
 #: least recently used key and the oldest program go first.
@@ -446,62 +355,3 @@ def _signature(stock: Stock) -> Any:
         stock.average,
     )
     return (tuple(described(group) for group in groups), repr(stock.layout))
-
-
-def _average(problem: Problem, tensors: dict[str, Tensor]) -> dict[str, Tensor] | None:
-    """The averaged tensors by the names that they have in the model."""
-    if problem.average is None:
-        return None
-    return {label: tensors[its] for label, its in averaged_labels(problem).items()}
-
-
-def _inputs(lowered: Lowered, given: Given) -> dict[str, Any]:
-    """What the generated module reads, by label."""
-    stock = given.stock
-    hyper = {
-        label: value.per_step if isinstance(value, PerStep) else value
-        for label, value in stock.hyper.items()
-    }
-    everything: dict[str, Any] = {
-        **stock.theta,
-        **stock.opt_state,
-        **stock.buffers,
-        **stock.average,
-        **stock.context,
-        **hyper,
-        **lowered.loop.lifted,
-    }
-    for batches in (given.train, given.val):
-        for label, leaf in zip(batches.labels, batches.leaves, strict=True):
-            everything[label] = list(leaf) if isinstance(leaf, tuple) else leaf
-    labels = dict.fromkeys((*lowered.generated.labels, *lowered.pieces.wanted))
-    return {label: everything[label] for label in labels}
-
-
-def _check_finite(inputs: dict[str, Any], per_step: frozenset[str]) -> None:
-    for label, value in inputs.items():
-        for step, tensor in enumerate(value if label in per_step else [value]):
-            if is_continuous(tensor) and not bool(torch.isfinite(tensor).all()):
-                where = f" at step {step}" if label in per_step else ""
-                raise NonFiniteError(
-                    f"{label} holds NaN or infinity{where}",
-                    why="found before the run, because debug=True",
-                    remedy="clean the data; every later number would be NaN",
-                )
-
-
-def _check_result(result: Result) -> None:
-    bad = (~torch.isfinite(result.inner_losses)).nonzero()
-    if len(bad):
-        raise NonFiniteError(
-            f"the inner loss of step {int(bad[0])} is {result.inner_losses[bad[0]].item()}",
-            remedy="lower the learning rate, or look at the step's batch",
-        )
-    for label, tensor in result.params.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise NonFiniteError(
-                f"the adapted parameter {label} holds NaN or infinity",
-                remedy="lower the learning rate",
-            )
-    if not bool(torch.isfinite(result.loss)):
-        raise NonFiniteError(f"the validation loss is {result.loss.item()}")

@@ -207,7 +207,7 @@ def _joint(
 
 def _copied(lowered: Lowered, count: int, train: Batches) -> int:
     per_step = train.labels if train.form != "repeat" else ()
-    sizes = {
+    sizes: dict[str, int] = {
         value.label: node.meta["val"].nbytes * (train.steps if value.label in per_step else 1)
         for graph in (*lowered.loop.steps, lowered.val)
         for value, node in zip(graph.inputs, graph.placeholders, strict=True)
