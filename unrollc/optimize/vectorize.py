@@ -25,12 +25,14 @@ from torch.utils import _pytree as pytree
 from unrollc.capture.assemble import assemble
 from unrollc.capture.loop import Loop
 from unrollc.capture.naming import Names
+from unrollc.capture.nests import is_continuous
 from unrollc.capture.source import SourceFinder
 from unrollc.differentiate.guarded import guards_of
 from unrollc.differentiate.pure import PureRecorder
 from unrollc.differentiate.replay import Replay, calls
 from unrollc.optimize.batching_rules import RULES, Operands, repeated
 from unrollc.optimize.congruence import Key, key_of
+from unrollc.requirements.edges import carried
 from unrollc.step import ATTACH, STATE_ROLES, Phase, Role, StepGraph, Value
 
 
@@ -125,6 +127,7 @@ def _of_tasks(step: StepGraph, state: frozenset[Key], count: int) -> StepGraph:
         replay.bind(step.placeholders, tensors)
         with torch.no_grad():
             replay.run(calls(step, *Phase))
+            recorder.phase = Phase.GRADIENT  # of sums that are returned, which no update reads
             pairs = zip(step.outputs, step.results, strict=True)
             return [replay.result(node, _is_shared(value, state)) for value, node in pairs]
 
@@ -140,7 +143,47 @@ def _of_tasks(step: StepGraph, state: frozenset[Key], count: int) -> StepGraph:
     made = assemble(recorder, step.inputs, outputs, Names(), [], step.constants)
     if len(guards_of(made)) < len(guards_of(step)):
         raise NotVectorizableError("a selection would no longer guard what it drops")
+    if wrong := _readers_of_saved(made) - _readers_of_saved(step):
+        names = ", ".join(sorted(map(str, wrong)))
+        raise NotVectorizableError(f"side by side, {names} would read what has no derivative")
     return made
+
+
+def _readers_of_saved(step: StepGraph) -> set[Any]:
+    """The ops that read results which an op saves for its own derivative, as a mean.
+
+    Autograd hands no cotangent back through them, since the op's formula accounts for them. A
+    batching rule that reads them in other ops loses a part of the second derivative.
+    """
+    reached = {node: None for node in step.graph.nodes if _is_saved(node)}
+    readers = set()
+    for node in step.graph.nodes:
+        if node.op != "call_function" or reached.keys().isdisjoint(node.all_input_nodes):
+            continue
+        if node.target in _VIEWS:
+            reached[node] = None
+        else:
+            readers.add(node.target)
+    return readers
+
+
+def _is_saved(node: fx.Node) -> bool:
+    """Whether a node is a result of an op to which no derivative leads."""
+    if node.target is not operator.getitem or not is_continuous(node.meta["val"]):
+        return False
+    source, index = node.args
+    assert isinstance(source, fx.Node)
+    return all(result != index for _, result in carried(source, set()))
+
+
+aten = torch.ops.aten
+
+#: Ops that only arrange values.
+_VIEWS = (
+    *(aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.expand.default),
+    *(aten.transpose.int, aten.permute.default, aten.unsqueeze.default, aten.squeeze.dim),
+    *(aten.clone.default, aten.alias.default, aten._reshape_alias.default),
+)
 
 
 def _input(recorder: PureRecorder, value: Value, node: fx.Node, count: int | None) -> Tensor:
@@ -229,6 +272,7 @@ class _SideBySide(Replay):
         shapes = [None if each is None else _shape(each.meta["val"]) for each in nodes]
         value = node.meta["val"]
         return Operands(
+            node,
             args,
             [each in self.own for each in nodes],
             [None if shape is None else len(shape) for shape in shapes],
