@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from rich.console import Console
@@ -227,10 +227,7 @@ def _choice(
         if asked.vectorize is None and (slow := _hardly_faster(lowered, count)):
             return 1, slow
         try:
-            at_once, joint = _largest(joint_of, count, asked.options.memory)
-            if asked.separate and not set(joint.executor.lowered.pieces.wanted) <= joint.tasks.own:
-                raise NotVectorizableError(_INSEPARABLE)
-            return _faster(lowered, joint.executor.lowered, count, at_once, asked)
+            return _fastest(lowered, _fitting(joint_of, count, asked.options.memory), count, asked)
         except (NotVectorizableError, BudgetError) as error:
             obstacle = str(error).splitlines()[0]
     if asked.vectorize and count > 1:
@@ -267,30 +264,49 @@ def _hardly_faster(lowered: Lowered, count: int) -> str:
     return f"only {alone / cost.weight:.0%} of a task's predicted time goes into launching ops"
 
 
-def _largest(joint_of: Callable[[int], Joint], count: int, budget: int | None) -> tuple[int, Joint]:
-    """As many tasks as fit into the budget, in chunks of equal size."""
+def _fitting(joint_of: Callable[[int], Joint], count: int, budget: int | None) -> dict[int, Joint]:
+    """Programs by the number of tasks: as many as fit into the budget, in chunks of equal size.
+
+    Where the largest repeats steps for it, smaller ones that repeat fewer.
+    """
+    found: dict[int, Joint] = {}
     size = count
-    while True:
+    while size > 1:
         size = count // -(-count // size)
         try:
-            return size, joint_of(size)
+            found[size] = joint_of(size)
         except BudgetError as error:
             assert budget is not None
             allowed = budget // max(error.smallest // size, 1)
             size = min(size - 1, max(allowed, 1))
-            if size < 2:
-                raise NotVectorizableError("two at once do not fit into the budget") from error
+            continue
+        if found[size].executor.lowered.plan.schedule.recomputed == 0:
+            break
+        size //= 2
+    if not found:
+        raise NotVectorizableError("two at once do not fit into the budget")
+    return found
 
 
-def _faster(
-    single: Lowered, joint: Lowered, count: int, at_once: int, asked: Asked
+def _fastest(
+    single: Lowered, joints: Mapping[int, Joint], count: int, asked: Asked
 ) -> tuple[int, str]:
-    chunks, left = divmod(count, at_once)
+    """How many tasks run side by side, and why."""
+    if asked.separate and not all(
+        set(joint.executor.lowered.pieces.wanted) <= joint.tasks.own for joint in joints.values()
+    ):
+        raise NotVectorizableError(_INSEPARABLE)
     alone = single.plan.cost.seconds
-    apart, together = count * alone, chunks * joint.plan.cost.seconds + left * alone
-    ratio = f"{together / apart:.2f} of the time that it takes one by one"
+
+    def seconds(size: int) -> float:
+        chunks, left = divmod(count, size)
+        return chunks * joints[size].executor.lowered.plan.cost.seconds + left * alone
+
+    at_once = min(joints, key=seconds)
+    part = seconds(at_once) / (count * alone)
+    ratio = f"{part:.2f} of the time that it takes one by one"
     if asked.vectorize:
         return at_once, f"asked for; predicted to take {ratio}"
-    if together > _CLEARLY_FASTER * apart:
+    if part > _CLEARLY_FASTER:
         return 1, f"side by side is predicted to take {ratio}"
     return at_once, f"predicted to take {ratio}"
