@@ -260,12 +260,23 @@ class _SideBySide(Replay):
         result = rule(self._operands(node, args), target, kwargs) if rule else None
         if result is None:
             result = self._vmapped(node)
+        marks = {key: node.meta[key] for key in _MARKS if node.meta.get(key)}
+        if marks:
+            same = [made for made in self._since(last) if made.target is target]
+            if not same:
+                raise NotVectorizableError(
+                    f"{target} would become other ops, of which less is known"
+                )
+            for made in same:
+                made.meta.update(marks)
+        return result
+
+    def _since(self, last: fx.Node) -> Iterator[fx.Node]:
+        """What was recorded after `last`."""
         for made in reversed(self.recorder.graph.nodes):
             if made is last:
-                break
-            if made.target is target:
-                made.meta.update({key: node.meta[key] for key in _MARKS if key in node.meta})
-        return result
+                return
+            yield made
 
     def _operands(self, node: fx.Node, args: Sequence[Any]) -> Operands:
         nodes = [arg if isinstance(arg, fx.Node) else None for arg in node.args]
