@@ -102,11 +102,14 @@ def _is_own(value: Value, state: frozenset[Key]) -> bool:
 
 
 def _own_nodes(step: StepGraph, state: frozenset[Key]) -> set[fx.Node]:
-    """The nodes whose value differs between tasks."""
+    """The nodes whose value differs between tasks, and all gradients of what each has."""
     pairs = zip(step.inputs, step.placeholders, strict=True)
     own = {node for value, node in pairs if _is_own(value, state)}
+    gradients = _gradients(step, state)
     for node in step.graph.nodes:
-        if node.op == "call_function" and not own.isdisjoint(node.all_input_nodes):
+        if node.op == "call_function" and (
+            node in gradients or not own.isdisjoint(node.all_input_nodes)
+        ):
             own.add(node)
     return own
 
@@ -120,7 +123,9 @@ def _of_tasks(step: StepGraph, state: frozenset[Key], count: int) -> StepGraph:
         _input(recorder, value, node, count if _is_own(value, state) else None)
         for value, node in zip(step.inputs, step.placeholders, strict=True)
     ]
-    own = _own_nodes(step, state) | _gradients(step, state)
+    own = _own_nodes(step, state)
+    if not _gradients(step, state) <= own:
+        raise NotVectorizableError("an inner gradient is one of the program's inputs")
 
     def run(*tensors: Tensor) -> list[Tensor | None]:
         replay = _SideBySide(recorder, own, count)
@@ -202,14 +207,11 @@ def _input(recorder: PureRecorder, value: Value, node: fx.Node, count: int | Non
 
 def _gradients(step: StepGraph, state: frozenset[Key]) -> set[fx.Node]:
     """The gradients of each task's weights; the update reads them, and mixed mode cuts there."""
-    found = {
+    return {
         node
         for value, node in step.outputs_with(Role.GRADIENT)
         if node is not None and not _is_shared(value, state)
     }
-    if any(node.op == "placeholder" and node not in _own_nodes(step, state) for node in found):
-        raise NotVectorizableError("an inner gradient is one of the program's inputs")
-    return found
 
 
 @contextlib.contextmanager
