@@ -1,4 +1,4 @@
-"""Batches of tasks: the gradients of separate calls, in the memory of one."""
+"""Batches of tasks one by one: the gradients of separate calls, in the memory of one."""
 
 from typing import Any
 
@@ -56,7 +56,7 @@ def test_a_batch_has_the_gradient_of_separate_calls(reduction: str, learned_data
     setting = Setting(learned_data=learned_data)
     apart = torch.stack([result.loss for result in setting.separately()])
     expected = getattr(apart, reduction)()
-    batch = setting.program.batched(setting.tasks, reduction)
+    batch = setting.program.batched(setting.tasks, reduction, vectorize=False)
     assert torch.equal(batch.losses, apart.detach())
     assert_all_close([batch.loss], [expected])
     assert_all_close(setting.gradients(3 * batch.loss), setting.gradients(3 * expected))
@@ -66,7 +66,7 @@ def test_a_batch_has_the_gradient_of_separate_calls(reduction: str, learned_data
 def test_each_loss_has_its_own_gradient(learned_data: bool) -> None:
     setting = Setting(learned_data=learned_data)
     apart = setting.separately()
-    batch = setting.program.batched(setting.tasks, "none")
+    batch = setting.program.batched(setting.tasks, "none", vectorize=False)
     weights = torch.tensor([0.5, -2.0, 3.0], dtype=torch.float64)
     expected = sum(w * result.loss for w, result in zip(weights, apart, strict=True))
     assert batch.loss.shape == (TASKS,)
@@ -84,14 +84,14 @@ def test_a_gradient_in_the_wrong_place_is_caught(monkeypatch: pytest.MonkeyPatch
         "pulled_back",
         lambda run, inputs, again: [torch.zeros_like(t) for t in run.meta],
     )
-    wrong = setting.gradients(setting.program.batched(setting.tasks, "sum").loss)
+    wrong = setting.gradients(setting.program.batched(setting.tasks, "sum", vectorize=False).loss)
     with pytest.raises(AssertionError):
         assert_all_close(wrong, expected)
 
 
 def test_results_are_those_of_separate_calls() -> None:
     setting = Setting()
-    batch = setting.program.batched(setting.tasks)
+    batch = setting.program.batched(setting.tasks, vectorize=False)
     for one, other in zip(batch.tasks, setting.separately(), strict=True):
         assert torch.equal(one.inner_losses, other.inner_losses)
         assert all(torch.equal(one.params[name], other.params[name]) for name in one.params)
@@ -114,8 +114,12 @@ def test_memory_does_not_grow_with_the_number_of_tasks() -> None:
     setting = Setting()
     lowered = setting.program.lower(*setting.tasks[0])
     state = sum(p.numel() * p.element_size() for p in setting.model.parameters()) * 2
-    one = measure(lambda: setting.program.batched(setting.tasks[:1]).loss.detach()).peak
-    many = measure(lambda: setting.program.batched(setting.tasks * 4).loss.detach()).peak
+    one = measure(
+        lambda: setting.program.batched(setting.tasks[:1], vectorize=False).loss.detach()
+    ).peak
+    many = measure(
+        lambda: setting.program.batched(setting.tasks * 4, vectorize=False).loss.detach()
+    ).peak
     assert many - one <= (4 * TASKS + 2) * (state + 1024)
     assert one >= lowered.plan.peak_bytes / 2
 
@@ -123,14 +127,14 @@ def test_memory_does_not_grow_with_the_number_of_tasks() -> None:
 def test_under_no_grad_tasks_only_adapt() -> None:
     setting = Setting()
     with torch.no_grad():
-        batch = setting.program.batched(setting.tasks)
+        batch = setting.program.batched(setting.tasks, vectorize=False)
     assert not batch.loss.requires_grad
     assert torch.equal(batch.losses, torch.stack([r.loss for r in setting.separately()]).detach())
 
 
 def test_equal_shapes_are_lowered_once() -> None:
     setting = Setting()
-    setting.program.batched(setting.tasks)
+    setting.program.batched(setting.tasks, vectorize=False)
     assert len(setting.program._cache) == 1
 
 

@@ -61,6 +61,16 @@ class Loop:
     known: dict[str, Tensor]
     ending: Concretes | None = None
 
+    @property
+    def _guarded(self) -> list[Concretes]:
+        every = [*(kind.concretes for kind in self.kinds), self.ending]
+        return [concretes for concretes in every if concretes and concretes.guards]
+
+    def reads_of(self, *data: Batches) -> bool:
+        """Whether guards depend on values in these data."""
+        read = {label for each in self._guarded for label in each.reads}
+        return any(not read.isdisjoint(batches.labels) for batches in data)
+
     def holds(self, scalars: Callable[[], Mapping[str, Any]], train: Batches, val: Batches) -> bool:
         """Whether the guards hold for the current scalars and data.
 
@@ -70,8 +80,7 @@ class Loop:
             train: The batches of all steps.
             val: That of the validation loss.
         """
-        every = [*(kind.concretes for kind in self.kinds), self.ending]
-        guarded = [concretes for concretes in every if concretes and concretes.guards]
+        guarded = self._guarded
         read = {label for concretes in guarded for label in concretes.guarded.inputs}
         if not read:
             return True

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 
+from torch import Tensor
+
 from unrollc.codegen.forward import BACKWARD, without_tangents
 from unrollc.plan.binomial import checkpoints, stride
 from unrollc.plan.pieces import Pieces
@@ -14,7 +16,7 @@ from unrollc.step import Role, StepGraph
 def render_constants(pieces: Pieces) -> list[str]:
     """The dtype of the inner losses, and the schedule's numbers."""
     schedule = pieces.schedule
-    lines = [f"LOSS_DTYPE = {_loss_dtype(pieces.steps[0])}", f"STEPS = {schedule.steps}"]
+    lines = [f"LOSS_DTYPE = {_loss(pieces.steps[0]).dtype}", f"STEPS = {schedule.steps}"]
     if not schedule.differentiates:
         return lines
     lines.append(f"STOP = {schedule.stop}  # the first step that is reversed")
@@ -49,14 +51,17 @@ def render_loops(pieces: Pieces) -> list[str]:
 
 
 def _adapt(pieces: Pieces, kept: str) -> str:
-    head, last = _ADAPT.replace("KEPT", kept).rsplit("\n", 1)
+    losses = ", ".join(map(str, ("STEPS", *_loss(pieces.steps[0]).shape)))
+    shape = f"({losses})" if "," in losses else losses
+    head, last = _ADAPT.replace("KEPT", kept).replace("LOSSES", shape).rsplit("\n", 1)
     return "\n".join([head, *(f"    {line}" for line in without_tangents(pieces)), last])
 
 
-def _loss_dtype(step: StepGraph) -> object:
+def _loss(step: StepGraph) -> Tensor:
     ((_, node),) = step.outputs_with(Role.LOSS)
     assert node is not None
-    return node.meta["val"].dtype
+    loss: Tensor = node.meta["val"]
+    return loss
 
 
 _FORWARD = '''\
@@ -116,7 +121,7 @@ def adapt(inputs, seed):
         the cotangents B_T and the direct parts of the meta-gradients.
     """
     state, kept = start(inputs), {}
-    losses = state[0].new_empty(STEPS, dtype=LOSS_DTYPE)
+    losses = state[0].new_empty(LOSSES, dtype=LOSS_DTYPE)
     state = forward(inputs, seed, state, losses, kept, KEPT, 0, STEPS)
     loss, cotangents, totals = finish(inputs, seed, state)
     return loss, state, losses, kept, cotangents, totals'''

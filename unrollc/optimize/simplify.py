@@ -69,7 +69,15 @@ def _identity(node: fx.Node) -> fx.Node | None:
         return args[0] if _alike(node, args[0]) else None
     if node.target is aten.t.default and args[0].target is aten.t.default:
         return args[0].args[0]  # type: ignore[no-any-return]
+    if node.target is aten.transpose.int and args[0].target is aten.transpose.int:
+        return args[0].args[0] if _same_axes(node, args[0]) else None
     return None
+
+
+def _same_axes(first: fx.Node, second: fx.Node) -> bool:
+    """Whether two transpositions swap the same two axes."""
+    axes = [{axis % n.meta["val"].dim() for axis in n.args[1:]} for n in (first, second)]
+    return axes[0] == axes[1]
 
 
 def _alike(first: fx.Node, second: fx.Node, *, strides: bool = True) -> bool:

@@ -179,7 +179,7 @@ class _Run:
         self.totals: dict[str, list[Held]] = {}
         ((_, loss),) = first.outputs_with(Role.LOSS)
         assert loss is not None
-        size = steps * loss.meta["val"].element_size()
+        size = steps * loss.meta["val"].nbytes
         self.held.hold([Storage(size, "inner losses")])
 
     def execute(self, action: Action) -> None:

@@ -54,6 +54,7 @@ def differentiated(
     *,
     final: bool = True,
     favour_mixed: bool = False,
+    captured: Loop | None = None,
 ) -> Differentiated:
     """The graphs of the backward pass.
 
@@ -64,6 +65,7 @@ def differentiated(
         options: The user's options.
         final: Whether the graphs will run, so that the better mode is worth looking for.
         favour_mixed: Whether mixed mode is taken wherever it is possible.
+        captured: The loop whose steps show whether their Jacobian is symmetric, if that is another.
     """
     wanted = frozenset(m.key for m in meta if m.role not in STARTS)
     starts = frozenset(m.key for m in meta if m.role in STARTS)
@@ -72,7 +74,7 @@ def differentiated(
     val_gradient = simplify(loss_gradient(val, wanted))
     program = rewritten(loop, val, val_gradient) if final else as_captured(loop, val, val_gradient)
     assert program.val_gradient is not None
-    chooser = _Chooser(loop, program, wanted, options, favour_mixed)
+    chooser = _Chooser(captured or loop, program, wanted, options, favour_mixed)
     make = chooser.adjoint if final else _in_reverse(program, wanted, options)
     adjoints, order = _adjoints(program, program.val_gradient, wanted, starts, stop, make)
     spurned = chooser.mixed_spurned

@@ -20,6 +20,7 @@ class Executor:
 
     Attributes:
         lowered: The program.
+        backend: Its backend, as the user named it.
     """
 
     def __init__(self, lowered: Lowered, backend: str, *, steady: bool = False) -> None:
@@ -31,6 +32,7 @@ class Executor:
             steady: Whether all calls must run the same code, so that one waits for all of it.
         """
         self.lowered = lowered
+        self.backend = backend
         self._backend = AUTO if backend == "auto" else backend
         self._steady = steady
         self._generated: ModuleType | None = None

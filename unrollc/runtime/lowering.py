@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, fx
@@ -20,6 +21,7 @@ from unrollc.codegen.module import GeneratedCode, generate
 from unrollc.errors import BudgetError, InputError
 from unrollc.optimize.packing import PackedLoop, Packing, rewritten
 from unrollc.optimize.simplify import simplify
+from unrollc.optimize.vectorize import TaskLoop, vectorized
 from unrollc.plan.memory import MemoryPlan, plan_program
 from unrollc.plan.pieces import ForwardMode, Pieces
 from unrollc.plan.schedule import forward_only, keep_all
@@ -195,27 +197,74 @@ def lower(
             reaches no fast weight.
     """
     captured = capture(problem, options, stock, train, val)
-    loop, requirements = captured.loop, captured.requirements
     meta = []
     if differentiate:
-        requirements.raise_for_failure()
+        captured.requirements.raise_for_failure()
         meta = [m for m in captured.meta if m.requested]
-    requirements.raise_if_idle()
+    captured.requirements.raise_if_idle()
+    return _lowered(captured, meta, options, stock, train)
+
+
+def lower_tasks(
+    lowered: Lowered, options: Options, stock: Stock, train: Batches, count: int
+) -> tuple[Lowered, TaskLoop]:
+    """Lower a program once more, for many tasks at once.
+
+    Args:
+        lowered: The program of one task.
+        options, stock, train: What it was lowered with.
+        count: The number of tasks.
+
+    Returns:
+        The program, whose losses have shape ``[count]`` and whose meta-gradients are those of
+        their sum, and what of its state each task has of its own.
+
+    Raises:
+        NotVectorizableError: If an op cannot run for many tasks at once.
+        BudgetError: If no schedule fits.
+    """
+    tasks = vectorized(lowered.loop, lowered.val, count)
+    closures = lowered.loop.lifted
+    captured = Captured(tasks.loop, tasks.val, closures, lowered.meta, lowered.requirements)
+    made = _lowered(captured, list(lowered.meta), options, stock, train, proved=lowered.loop)
+    return made, tasks
+
+
+def _lowered(
+    captured: Captured,
+    meta: list[MetaParameter],
+    options: Options,
+    stock: Stock,
+    train: Batches,
+    proved: Loop | None = None,
+) -> Lowered:
+    """The stages behind capture; `meta` are the meta-parameters whose gradient is computed.
+
+    `proved` is the loop whose steps show that mixed mode may be used, if that is another.
+    """
+    loop, requirements = captured.loop, captured.requirements
+    derive = functools.partial(
+        differentiated, loop, captured.val, meta, options, captured=proved or loop
+    )
     with explained("the derivative of the captured step", _UNDIFFERENTIABLE):
-        found = differentiated(loop, captured.val, meta, options) if meta else None
+        found = derive() if meta else None
     if found is not None:
         requirements = confirmed(requirements, found)
         requirements.raise_for_failure()
     program = found.program if found else rewritten(loop, captured.val, None)
-    plan = _planned(captured, program, found, meta, options, stock, train)
-    pieces = plan.pieces
+
+    def plan(found: Differentiated | None) -> MemoryPlan:
+        pieces = _pieces(found.program if found else program, found, meta, options, stock, train)
+        return plan_program(pieces, options.memory, spill=options.spill is not None)
+
+    chosen = _planned(plan, found, options, derive)
     return Lowered(
         requirements=requirements,
         loop=loop,
         val=captured.val,
-        pieces=pieces,
-        plan=plan,
-        generated=generate(pieces, plan),
+        pieces=chosen.pieces,
+        plan=chosen,
+        generated=generate(chosen.pieces, chosen),
         packing=program.packing,
         meta=tuple(meta),
         lifted_require=tuple(tensor.requires_grad for tensor in captured.lifted.values()),
@@ -246,30 +295,20 @@ def _check_devices(stock: Stock, train: Batches, val: Batches) -> None:
 
 
 def _planned(
-    captured: Captured,
-    program: PackedLoop,
+    plan: Callable[[Differentiated | None], MemoryPlan],
     found: Differentiated | None,
-    meta: Sequence[MetaParameter],
     options: Options,
-    stock: Stock,
-    train: Batches,
+    derive: Callable[..., Differentiated],
 ) -> MemoryPlan:
     """The plan of what will run.
 
     Under a budget the adjoint that holds less can win by the steps that need not be repeated, so
     both modes are planned.
     """
-
-    def plan(found: Differentiated | None) -> MemoryPlan:
-        loop = found.program if found else program
-        pieces = _pieces(loop, found, meta, options, stock, train)
-        return plan_program(pieces, options.memory, spill=options.spill is not None)
-
     if options.memory is None or found is None or not found.mixed_spurned:
         return plan(found)
-    mixed = differentiated(captured.loop, captured.val, meta, options, favour_mixed=True)
     plans, errors = [], []
-    for each in (found, mixed):
+    for each in (found, derive(favour_mixed=True)):
         try:
             plans.append(plan(each))
         except BudgetError as error:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
@@ -13,58 +14,32 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from unrollc.capture.averaging import averaged_labels
-from unrollc.capture.batches import Batches, read_train, read_val
 from unrollc.capture.fingerprint import Fingerprint
-from unrollc.capture.home import at_home
-from unrollc.capture.layout import Layout, Manner, filler, plain_number, write_back
+from unrollc.capture.layout import Manner
 from unrollc.capture.loop import known_scalars
-from unrollc.capture.nests import is_continuous
 from unrollc.capture.problem import (
-    Objective,
     PerStep,
     Problem,
     Stock,
     read_again,
-    take_stock,
 )
-from unrollc.capture.schedule import Schedule, put_back, run_schedule
-from unrollc.capture.trees import rebuild
-from unrollc.errors import NonFiniteError
+from unrollc.optimize.congruence import Key
 from unrollc.requirements.verdict import Requirements
 from unrollc.runtime.allocator import keep_freed_memory
 from unrollc.runtime.bridge import MetaLoop, Run
 from unrollc.runtime.executor import Executor
+from unrollc.runtime.given import Given, inputs_of, read_batches, read_given
 from unrollc.runtime.lowering import Lowered, check, lower
 from unrollc.runtime.options import Options
+from unrollc.runtime.outcome import last_state, result_of
 from unrollc.runtime.result import BatchedResult, Result
+from unrollc.runtime.side_by_side import joint_inputs, shares, state_of_each
 from unrollc.runtime.spill import Spilled
 from unrollc.runtime.store import open_store
-from unrollc.runtime.tasks import Task, batch_of_tasks, task_pairs
+from unrollc.runtime.task_plan import Asked, Joint, Joints, TaskPlan, plan_group
+from unrollc.runtime.tasks import Share, Task, batch_of_tasks, check_reduction, task_pairs
 from unrollc.runtime.tensor_files import digest_of
-from unrollc.step import STATE_ROLES, Role
-
-
-@dataclass(frozen=True)
-class Given:
-    """What one call of a program starts from.
-
-    Attributes:
-        problem: The user's objects; the optimizer holds the schedule of a scheduler.
-        stock: Their tensors.
-        train, val: The data.
-        schedule: The schedule, where there is a scheduler.
-    """
-
-    problem: Problem
-    stock: Stock
-    train: Batches
-    val: Batches
-    schedule: Schedule | None = None
-
-    def read_as(self, lowered: Lowered) -> Given:
-        """With the optimizer's state in the manner in which `lowered` takes it."""
-        return replace(self, stock=read_again(self.problem, self.stock, lowered.loop.manner))
+from unrollc.step import Role
 
 
 @dataclass(frozen=True)
@@ -90,6 +65,7 @@ class Program:
         self._options = options
         self._cache: dict[Any, list[Executor]] = {}
         self._pinned: dict[Any, list[Any]] = {}
+        self._joints = _no_joints()
         self._moving: frozenset[str] = frozenset()
 
     def __call__(self, train: Any, val: Any) -> Result:
@@ -110,7 +86,7 @@ class Program:
             RequirementError: If a requested meta-gradient does not exist.
             NonFiniteError: With ``debug=True``, at the first NaN or infinity.
         """
-        prepared = self._prepare(train, val)
+        prepared = self._prepare(*self._found(train, val))
         run, meta = prepared.run, prepared.run.meta
         if meta:
             loss: Tensor = MetaLoop.apply(run, *meta)  # type: ignore[no-untyped-call]
@@ -119,54 +95,151 @@ class Program:
             run.forget()
         return self._finished(prepared, loss)
 
-    def batched(self, tasks: Sequence[tuple[Any, Any]], reduction: str = "mean") -> BatchedResult:
+    def batched(
+        self,
+        tasks: Sequence[tuple[Any, Any]],
+        reduction: str = "mean",
+        vectorize: bool | None = None,
+    ) -> BatchedResult:
         """Adapt on many tasks, each from the same θ_0, and average their validation losses.
 
-        The backward pass of a task runs right after its forward pass, so memory beyond the results
-        is that of one task whatever their number, and ``loss.backward()`` only scales what is
-        there. A value that is changed between the two does not matter.
+        Tasks of equal shapes run side by side, as one loop over batched tensors, where that is
+        predicted to be faster and fits into ``memory=``; otherwise one by one, in the memory of
+        one task. The backward pass of what runs together comes right after its forward pass, so
+        that ``loss.backward()`` only scales what is there, and a value that is changed between the
+        two does not matter.
 
         Args:
             tasks: For each task ``(train, val)`` as the program takes them. Shapes may differ;
                 equal shapes are lowered once.
             reduction: "mean" or "sum" of the losses, or "none" for each, shape ``[tasks]``; then
                 each task's gradient is held until the backward pass.
+            vectorize: True for side by side, False for one by one; None for what is predicted to
+                be faster. Numbers differ by rounding.
 
         Returns:
-            A `BatchedResult`.
+            A `BatchedResult`; its plan says how the tasks ran, and why.
 
         Raises:
-            InputError: If `tasks` or `reduction` has the wrong form; otherwise as for a call.
+            InputError: If `tasks` or `reduction` has the wrong form, or if tasks cannot run side by
+                side and should; otherwise as for a call.
         """
-        pairs = task_pairs(tasks)
-        losses, results = batch_of_tasks(self._tasks(pairs), len(pairs), reduction)
-        return BatchedResult(losses, tuple(results))
+        found, plan = self._task_plan(tasks, reduction, vectorize)
+        runs = self._tasks(found, plan, separate=reduction == "none")
+        losses, results = batch_of_tasks(runs, len(found), reduction)
+        return BatchedResult(losses, tuple(results), plan)
 
-    def _tasks(self, pairs: Sequence[tuple[Any, Any]]) -> Iterator[Task]:
-        """The tasks one by one, so that what one needs is gone before the next is read."""
+    def lower_batched(
+        self,
+        tasks: Sequence[tuple[Any, Any]],
+        reduction: str = "mean",
+        vectorize: bool | None = None,
+    ) -> TaskPlan:
+        """How `batched` would run these tasks, and why; run nothing."""
+        return self._task_plan(tasks, reduction, vectorize)[1]
+
+    def _task_plan(
+        self, tasks: Sequence[tuple[Any, Any]], reduction: str, vectorize: bool | None
+    ) -> tuple[list[tuple[Given, Executor]], TaskPlan]:
+        check_reduction(reduction)
+        found = self._found_all(task_pairs(tasks))
+        asked = Asked(self._options, reduction == "none", vectorize)
+        places: dict[Executor, list[int]] = {}
+        for place, (_, executor) in enumerate(found):
+            places.setdefault(executor, []).append(place)
+        groups = []
+        for executor, mine in places.items():
+            given = found[mine[0]][0]
+            joints = self._joints.setdefault(executor, Joints())
+            groups.append(plan_group(mine, executor, joints, given.stock, given.train, asked))
+        return found, TaskPlan(tuple(groups))
+
+    def _tasks(
+        self, found: Sequence[tuple[Given, Executor]], plan: TaskPlan, *, separate: bool
+    ) -> Iterator[Task]:
+        """What runs together, run by run, so that what one needs is gone before the next."""
+        for places, joint in plan.runs:
+            if joint is None:
+                yield self._single(places, self._prepare(*found[places[0]]))
+            else:
+                yield self._several(places, [found[n][0] for n in places], joint, separate)
+
+    def _single(self, places: tuple[int, ...], prepared: Prepared) -> Task:
+        run = prepared.run
+
+        def share(gradients: Iterable[Tensor | None]) -> Iterator[Share]:
+            yield from zip(itertools.repeat(0), run.meta, gradients)
+
+        return Task(places, run, lambda loss: [self._finished(prepared, loss)], share)
+
+    def _several(
+        self, places: tuple[int, ...], given: Sequence[Given], joint: Joint, separate: bool
+    ) -> Task:
+        lowered = joint.executor.lowered
+        stock = given[0].read_as(lowered).stock
+        read = [replace(each, stock=stock) for each in given]
+        inputs = [inputs_of(lowered, each, debug=self._options.debug) for each in read]
+        module, wanted = joint.executor.module(), lowered.pieces.wanted
+        run = Run(module, joint_inputs(joint, inputs), 0, wanted)
+
+        def finish(losses: Tensor) -> list[Result]:
+            states = state_of_each(joint, last_state(lowered, run))
+            assert run.inner_losses is not None
+            inner = (each.clone() for each in run.inner_losses.unbind(1))
+            rows = zip(read, states, zip(losses, inner, strict=True), strict=True)
+            return [self._result(lowered, *row) for row in rows]
+
+        return Task(places, run, finish, functools.partial(shares, joint, inputs, separate))
+
+    def _result(
+        self,
+        lowered: Lowered,
+        given: Given,
+        state: Mapping[Key, Tensor],
+        losses: tuple[Tensor, Tensor],
+    ) -> Result:
+        debug = self._options.debug
+        return result_of(self._problem, lowered, given, state, losses, debug=debug)
+
+    def _found_all(self, pairs: Sequence[tuple[Any, Any]]) -> list[tuple[Given, Executor]]:
+        """What each of several calls starts from, and what runs it.
+
+        They start from the same objects, so these are looked at once. Only where the program
+        depends on values in the data, or a schedule is run, is each looked up.
+        """
+        known: dict[Any, tuple[Given, Executor]] = {}
+        found = []
         for train, val in pairs:
-            prepared = self._prepare(train, val)
-            finish = functools.partial(self._finished, prepared)
-            yield Task(prepared.run, finish)
+            batches = read_batches(self._problem, train, val)
+            key = tuple(each.signature() for each in batches)
+            alike = key in known and self._problem.scheduler is None
+            if alike and not known[key][1].lowered.loop.reads_of(*batches):
+                given, executor = known[key]
+                found.append((replace(given, train=batches[0], val=batches[1]), executor))
+            else:
+                known[key] = self._found(train, val)
+                found.append(known[key])
+        return found
 
-    def _prepare(self, train: Any, val: Any) -> Prepared:
-        given = self._read(train, val)
-        executor = self._lowered(given, torch.is_grad_enabled())
+    def _found(self, train: Any, val: Any) -> tuple[Given, Executor]:
+        """What a call starts from, and what runs it."""
+        given = read_given(self._problem, train, val)
+        return given, self._lowered(given, torch.is_grad_enabled())
+
+    def _prepare(self, given: Given, executor: Executor) -> Prepared:
         lowered, module = executor.lowered, executor.module()
         given = given.read_as(lowered)
-        inputs = _inputs(lowered, given)
-        if self._options.debug:
-            _check_finite(inputs, lowered.pieces.per_step)
+        inputs = inputs_of(lowered, given, debug=self._options.debug)
         noisy = any(graph.inputs_with(Role.NOISE) for graph in lowered.pieces.graphs)
         seed = int(torch.randint(2**62, (), dtype=torch.int64)) if noisy else 0
         spilled = self._spilled(executor, module, inputs, seed)
         return Prepared(lowered, given, Run(module, inputs, seed, lowered.pieces.wanted, spilled))
 
     def _finished(self, prepared: Prepared, loss: Tensor) -> Result:
-        result = self._result(prepared.lowered, prepared.given, prepared.run, loss)
-        if self._options.debug:
-            _check_result(result)
-        return result
+        lowered, run = prepared.lowered, prepared.run
+        assert run.inner_losses is not None
+        losses = loss, run.inner_losses
+        return self._result(lowered, prepared.given, last_state(lowered, run), losses)
 
     def lower(self, train: Any, val: Any) -> Lowered:
         """Capture, check, differentiate, plan and generate; run nothing.
@@ -174,7 +247,7 @@ class Program:
         The same object is returned until shapes, dtypes, devices, T, the structure of state or
         the Python values that the code depends on change.
         """
-        return self._lowered(self._read(train, val), torch.is_grad_enabled()).lowered
+        return self._lowered(read_given(self._problem, train, val), torch.is_grad_enabled()).lowered
 
     def finish_compiling(self) -> None:
         """Wait until no code is being compiled in the background, as before measuring times.
@@ -187,34 +260,21 @@ class Program:
 
     def inputs(self, train: Any, val: Any) -> dict[str, Any]:
         """The tensors that a saved program takes, by label (detached)."""
-        given = self._read(train, val)
+        given = read_given(self._problem, train, val)
         lowered = self._lowered(given, torch.is_grad_enabled()).lowered
-        inputs = _inputs(lowered, given.read_as(lowered))
+        inputs = inputs_of(lowered, given.read_as(lowered), debug=False)
         return pytree.tree_map_only(Tensor, Tensor.detach, inputs)  # type: ignore[no-any-return]
 
     def check(self, train: Any, val: Any) -> Requirements:
         """The requirements alone; raises for no failed one."""
-        given = self._read(train, val)
+        given = read_given(self._problem, train, val)
         return check(given.problem, self._options, given.stock, given.train, given.val)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles lower again."""
-        return {**self.__dict__, "_cache": {}, "_pinned": {}}
+        return {**self.__dict__, "_cache": {}, "_pinned": {}, "_joints": _no_joints()}
 
     # -- lowering and its cache -----------------------------------------------------------------
-
-    def _read(self, train: Any, val: Any) -> Given:
-        paired = not isinstance(self._problem.loss, Objective)
-        paired_val = not isinstance(self._problem.val_loss, Objective)
-        train_batches = read_train(train, paired=paired)
-        val_batches = read_val(val, paired=paired_val)
-        problem, scheduler = self._problem, self._problem.scheduler
-        if scheduler is None:
-            return Given(problem, take_stock(problem), train_batches, val_batches)
-        schedule = run_schedule(problem.opt, scheduler, train_batches.steps)
-        problem = replace(problem, opt=schedule.opt)
-        stock = replace(take_stock(problem), behind=schedule.behind)
-        return Given(problem, stock, train_batches, val_batches, schedule)
 
     def _lowered(self, given: Given, differentiate: bool) -> Executor:
         train, val = given.train, given.val
@@ -271,71 +331,16 @@ class Program:
         store = open_store(options.spill, digest, seed)
         return Spilled(module, store, options.progress)
 
-    # -- results ----------------------------------------------------------------------------------
-
-    def _result(self, lowered: Lowered, given: Given, run: Run, loss: Tensor) -> Result:
-        stock = given.stock
-        last = lowered.pieces.steps[lowered.pieces.sequence[-1]]
-        owned = {id(t) for t in pytree.tree_leaves(dict(run.inputs)) if isinstance(t, Tensor)}
-        after: dict[Role, dict[str, Tensor]] = {role: {} for role in STATE_ROLES}
-        values = [value for value, _ in last.outputs_with(*STATE_ROLES)]
-        own = [t.detach().clone() if id(t) in owned else t for t in run.state]
-        for (role, label), tensor in lowered.packing.unpacked(values, own).items():
-            after[role][label] = tensor
-        buffers = {
-            k: after[Role.BUFFER][k] if k in after[Role.BUFFER] else t.detach().clone()
-            for k, t in stock.buffers.items()
-        }
-        own_buffers = {name for name, _ in self._problem.model.named_buffers()}
-        assert run.inner_losses is not None
-        layout = lowered.loop.layout
-        start = {**stock.theta, **stock.context, **stock.opt_state}
-        held: dict[str, Any] = {**start, **after[Role.OPT_STATE]}
-        held |= {label: plain_number(held[label]) for label in layout.traced}
-        made: dict[Any, Any] = {"self": self._problem.opt}
-        state = {owner: rebuild(tree, filler(held), made) for owner, tree in layout.state}
-        return Result(
-            loss=loss,
-            params={
-                name: after[Role.THETA].get(name, parameter.detach())
-                for name, parameter in self._problem.model.named_parameters()
-            },
-            buffers={k: t for k, t in buffers.items() if k in own_buffers},
-            other_buffers={k: t for k, t in buffers.items() if k not in own_buffers},
-            opt_state=state,
-            inner_losses=run.inner_losses,
-            average=_average(given.problem, after[Role.AVERAGE]),
-            scheduler=None if given.schedule is None else given.schedule.state,
-            _write=functools.partial(self._apply, given, layout, after),
-        )
-
-    def _apply(
-        self,
-        given: Given,
-        layout: Layout,
-        after: Mapping[Role, dict[str, Tensor]],
-        result: Result,
-    ) -> None:
-        stock = take_stock(self._problem)
-        by_label: dict[Any, Any] = {**stock.theta, **stock.context}
-        with torch.no_grad():
-            for label in stock.theta:
-                by_label[label].copy_(result.params[label])
-            for label, tensor in {**result.buffers, **result.other_buffers}.items():
-                stock.buffers[label].copy_(tensor)
-            for label, tensor in after[Role.AVERAGE].items():
-                stock.average[label].copy_(tensor)
-        own = {label: tensor.detach().clone() for label, tensor in after[Role.OPT_STATE].items()}
-        write_back(self._problem.opt, layout, {**given.stock.opt_state, **own}, by_label)
-        if given.schedule is not None:
-            assert self._problem.scheduler is not None
-            put_back(given.schedule, self._problem.opt, self._problem.scheduler)
-
 
 #: Keys under which lowered programs are kept, and programs under each (they differ in guards); the
 #: least recently used key and the oldest program go first.
 _MOST_CACHED = 64
 _MOST_VARIANTS = 16
+
+
+def _no_joints() -> weakref.WeakKeyDictionary[Executor, Joints]:
+    """Programs of several tasks go with the program of one that they belong to."""
+    return weakref.WeakKeyDictionary()
 
 
 def _autocast(stock: Stock) -> tuple[Any, ...]:
@@ -364,63 +369,3 @@ def _signature(stock: Stock) -> Any:
         stock.average,
     )
     return (tuple(described(group) for group in groups), repr(stock.layout))
-
-
-def _average(problem: Problem, tensors: dict[str, Tensor]) -> dict[str, Tensor] | None:
-    """The averaged tensors by the names that they have in the model."""
-    if problem.average is None:
-        return None
-    return {label: tensors[its] for label, its in averaged_labels(problem).items()}
-
-
-def _inputs(lowered: Lowered, given: Given) -> dict[str, Any]:
-    """What the generated module reads, by label."""
-    stock = given.stock
-    hyper = {
-        label: value.per_step if isinstance(value, PerStep) else value
-        for label, value in stock.hyper.items()
-    }
-    everything: dict[str, Any] = {
-        **stock.theta,
-        **stock.opt_state,
-        **stock.buffers,
-        **stock.average,
-        **stock.context,
-        **hyper,
-        **lowered.loop.lifted,
-    }
-    for batches in (given.train, given.val):
-        for label, leaf in zip(batches.labels, batches.leaves, strict=True):
-            everything[label] = list(leaf) if isinstance(leaf, tuple) else leaf
-    labels = dict.fromkeys((*lowered.generated.labels, *lowered.pieces.wanted))
-    settled = functools.partial(at_home, home=stock.home)
-    return {label: pytree.tree_map(settled, everything[label]) for label in labels}
-
-
-def _check_finite(inputs: dict[str, Any], per_step: frozenset[str]) -> None:
-    for label, value in inputs.items():
-        for step, tensor in enumerate(value if label in per_step else [value]):
-            if is_continuous(tensor) and not bool(torch.isfinite(tensor).all()):
-                where = f" at step {step}" if label in per_step else ""
-                raise NonFiniteError(
-                    f"{label} holds NaN or infinity{where}",
-                    why="found before the run, because debug=True",
-                    remedy="clean the data; every later number would be NaN",
-                )
-
-
-def _check_result(result: Result) -> None:
-    bad = (~torch.isfinite(result.inner_losses)).nonzero()
-    if len(bad):
-        raise NonFiniteError(
-            f"the inner loss of step {int(bad[0])} is {result.inner_losses[bad[0]].item()}",
-            remedy="lower the learning rate, or look at the step's batch",
-        )
-    for label, tensor in result.params.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise NonFiniteError(
-                f"the adapted parameter {label} holds NaN or infinity",
-                remedy="lower the learning rate",
-            )
-    if not bool(torch.isfinite(result.loss)):
-        raise NonFiniteError(f"the validation loss is {result.loss.item()}")

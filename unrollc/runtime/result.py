@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unrollc.runtime.task_plan import TaskPlan
+
 
 @dataclass(frozen=True)
 class Result:
@@ -57,10 +59,12 @@ class BatchedResult:
         loss: Mean or sum of the validation losses, 0-dim, or each of them, shape ``[tasks]``;
             ``loss.backward()`` fills ``.grad`` of the meta-parameters.
         tasks: The result of each task; its own loss is detached.
+        plan: Which tasks ran side by side, which one by one, and why; ``str()`` is a table.
     """
 
     loss: Tensor
     tasks: tuple[Result, ...]
+    plan: TaskPlan
 
     @property
     def losses(self) -> Tensor:

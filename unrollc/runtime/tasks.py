@@ -1,8 +1,8 @@
-"""Batches of tasks: each runs forward and backward before the next begins."""
+"""Batches of tasks: what runs together goes forward and backward before the next begins."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,18 +16,26 @@ from unrollc.runtime.result import Result
 
 REDUCTIONS = ("mean", "sum", "none")
 
+#: A task's place among those that run together, a meta-parameter, and its gradient.
+Share = tuple[int, Tensor, Tensor | None]
+
 
 @dataclass(frozen=True)
 class Task:
-    """A task that is ready to run.
+    """One task that is ready to run, or several that run together.
 
     Attributes:
+        places: Their places in the batch.
         run: The call of the program.
-        finish: ``loss -> result``, once it has run.
+        finish: ``loss -> results``, once it has run.
+        share: ``gradients -> meta-parameters of the tasks with their gradients``; the gradients
+            are in the order of `Run.meta`.
     """
 
+    places: tuple[int, ...]
     run: Run
-    finish: Callable[[Tensor], Result]
+    finish: Callable[[Tensor], list[Result]]
+    share: Callable[[Iterable[Tensor | None]], Iterator[Share]]
 
 
 def task_pairs(tasks: Any) -> list[tuple[Any, Any]]:
@@ -53,71 +61,68 @@ def task_pairs(tasks: Any) -> list[tuple[Any, Any]]:
     return [(train, val) for train, val in tasks]
 
 
-def batch_of_tasks(
-    tasks: Iterable[Task], count: int, reduction: str
-) -> tuple[Tensor, list[Result]]:
-    """Run tasks one by one.
-
-    Args:
-        tasks: They are made as they are reached.
-        count: Their number.
-        reduction: See `Program.batched`.
-
-    Returns:
-        The reduced loss, with its gradient, and the result of each task.
-
+def check_reduction(reduction: str) -> None:
+    """
     Raises:
         InputError: If there is no such reduction.
     """
     if reduction not in REDUCTIONS:
         raise InputError(f"reduction={reduction!r}", remedy='pass "mean", "sum" or "none"')
-    batch = _Batch(separate=reduction == "none")
+
+
+def batch_of_tasks(
+    tasks: Iterable[Task], count: int, reduction: str
+) -> tuple[Tensor, list[Result]]:
+    """Run tasks one by one, or as many together as a `Task` has.
+
+    Args:
+        tasks: They are made as they are reached.
+        count: The number of tasks.
+        reduction: See `Program.batched`.
+
+    Returns:
+        The reduced loss, with its gradient, and the result of each task.
+    """
+    batch = _Batch(count, separate=reduction == "none")
     for task in tasks:
         batch.add(task)
+    results = [batch.results[place] for place in range(count)]
+    losses = torch.stack([result.loss for result in results])
     if batch.targets:
-        losses: Tensor = _Scaled.apply(batch, *batch.targets)  # type: ignore[no-untyped-call]
-    else:
-        losses = batch.losses
+        losses = _Scaled.apply(batch, losses, *batch.targets)  # type: ignore[no-untyped-call]
     if reduction == "none":
-        return losses, batch.results
-    return (losses.sum() if reduction == "sum" else losses.sum() / count), batch.results
+        return losses, results
+    return (losses.sum() if reduction == "sum" else losses.sum() / count), results
 
 
 class _Batch:
-    """Losses, results and meta-gradients of the tasks that have run.
+    """Results and meta-gradients of the tasks that have run.
 
     Args:
+        count: The number of tasks.
         separate: Whether each task's gradient is kept; otherwise their sum is.
     """
 
-    def __init__(self, *, separate: bool) -> None:
+    def __init__(self, count: int, *, separate: bool) -> None:
         self.separate = separate
         self.targets: list[Tensor] = []
-        self.gradients: list[dict[int, Tensor]] = []
-        self.results: list[Result] = []
+        self.gradients: list[dict[int, Tensor]] = [{} for _ in range(count if separate else 1)]
+        self.results: dict[int, Result] = {}
         self._numbers: dict[int, int] = {}
-
-    @property
-    def losses(self) -> Tensor:
-        return torch.stack([result.loss for result in self.results])
 
     def add(self, task: Task) -> None:
         run = task.run
-        numbers = [self._number(tensor) for tensor in run.meta]
         with torch.no_grad():
             loss = run.adapt()
-            self.results.append(task.finish(loss))
-            if not numbers:
+            self.results.update(zip(task.places, task.finish(loss), strict=True))
+            if not run.wanted:
                 run.forget()
                 return
-            if self.separate or not self.gradients:
-                self.gradients.append({})
-            sums = self.gradients[-1]
             with torch.autocast(run.device, enabled=False):
-                for number, gradient in zip(
-                    numbers, pulled_back(run, run.inputs, again=False), strict=True
-                ):
+                for at, tensor, gradient in task.share(pulled_back(run, run.inputs, again=False)):
+                    number = self._number(tensor)
                     if gradient is not None:
+                        sums = self.gradients[task.places[at] if self.separate else 0]
                         known = sums.get(number)
                         sums[number] = gradient if known is None else known + gradient
 
@@ -133,9 +138,9 @@ class _Scaled(torch.autograd.Function):
     """``(meta-parameters) -> losses [tasks]``, whose gradients are there already."""
 
     @staticmethod
-    def forward(ctx: Any, batch: _Batch, *targets: Tensor) -> Tensor:
+    def forward(ctx: Any, batch: _Batch, losses: Tensor, *targets: Tensor) -> Tensor:
         ctx.gradients, ctx.separate, ctx.count = batch.gradients, batch.separate, len(targets)
-        return batch.losses
+        return losses.clone()
 
     @staticmethod
     @once_differentiable
@@ -146,4 +151,4 @@ class _Scaled(torch.autograd.Function):
                 scaled = gradient * cotangent.to(gradient.dtype)
                 known = totals[number]
                 totals[number] = scaled if known is None else known + scaled
-        return (None, *totals)
+        return (None, None, *totals)
