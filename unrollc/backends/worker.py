@@ -131,8 +131,8 @@ def _verify(module: Any, run: Callable[[Sequence[Any]], list[Any]], examples: li
     """Hold the machine code against PyTorch's ops on random numbers.
 
     How far rounding may take the two apart is seen from how far the ops' own results move when
-    their inputs, or the result of every op on the way, move by some units in the last place, and how
-    far they are from what the ops return in float64. Moved inputs alone would not show it: what
+    their inputs, or the result of every op on the way, move by some units in the last place, and
+    from how far they are from what the ops return in float64. Moved inputs alone would not show it: what
     cancels out on paper cancels out for them too. Nor would moved results: by chance, those of a
     single number may move next to nothing, and a long sum is off by more than a few units.
 
@@ -236,10 +236,10 @@ def _exactly(module: Any, inputs: Sequence[Any]) -> Sequence[Any]:
     class Exact(fx.Interpreter):
         def fetch_args_kwargs_from_env(self, node: fx.Node) -> tuple[Any, Any]:
             args, kwargs = super().fetch_args_kwargs_from_env(node)
-            return fx.node.map_aggregate((args, kwargs), longer)  # type: ignore[return-value]
+            return fx.node.map_aggregate((args, kwargs), longer)
 
     if any(node.target is torch.ops.aten.view.dtype for node in module.graph.nodes):
-        return module(*inputs)  # type: ignore[no-any-return]  # bits of another dtype mean others
+        return module(*inputs)  # type: ignore[no-any-return] # bits of another dtype mean others
     given = [each.double() if each.dtype.is_floating_point else each for each in inputs]
     return Exact(module).run(*given)  # type: ignore[no-any-return]
 

@@ -18,6 +18,7 @@ PyTorch's formula has the same value and makes about 25 passes, most of them int
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,7 +47,8 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor | None, *rest: Any) -> tupl
     own = (weight, mean, rstd)
     if not training or not all(each is not None and each.dtype == x.dtype for each in own):
         return _backward(grad, x, weight, *rest)  # type: ignore[no-any-return]
-    found = _Backward.apply(grad, x, weight, mean, rstd, eps)
+    apply: Callable[..., Any] = _Backward.apply
+    found = apply(grad, x, weight, mean, rstd, eps)
     return tuple(each if wanted else None for each, wanted in zip(found, mask, strict=True))
 
 
@@ -112,6 +114,7 @@ class _Pulled:
         if self.u_pulled is None:
             assert slope is not None
             return self._combined(slope, -slope * self.along / self.count)
+        assert self.u_along is not None and self.product is not None
         scale = self.weight * self.rstd.square() / self.count
         least = -scale * self.u_along
         slope = least if slope is None else slope + least

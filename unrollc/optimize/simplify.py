@@ -190,8 +190,8 @@ def _is_zero(node: fx.Node) -> bool:
 def forget_running_statistics(graph: fx.Graph) -> bool:
     """``batch_norm_backward(g, x, w, running, μ, r) --> batch_norm_backward(g, x, w, None, μ, r)``.
 
-    In training mode it reads the statistics of the batch alone. An adjoint that computed the running
-    ones for it normalised every batch once more.
+    In training mode it reads the statistics of the batch alone. An adjoint that computed the
+    running ones for it normalised every batch once more.
     """
     changed = False
     for node in graph.find_nodes(
