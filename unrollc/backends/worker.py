@@ -132,9 +132,10 @@ def _verify(module: Any, run: Callable[[Sequence[Any]], list[Any]], examples: li
 
     How far rounding may take the two apart is seen from how far the ops' own results move when
     their inputs, or the result of every op on the way, move by some units in the last place, and
-    from how far they are from what the ops return in float64. Moved inputs alone would not show it: what
-    cancels out on paper cancels out for them too. Nor would moved results: by chance, those of a
-    single number may move next to nothing, and a long sum is off by more than a few units.
+    from how far they are from what the ops return in float64. Moved inputs alone would not show
+    it: what cancels out on paper cancels out for them too. Nor would moved results: by chance,
+    those of a single number may move next to nothing, and a long sum is off by more than a few
+    units.
 
     Raises:
         DisagreementError: If they are further apart.
