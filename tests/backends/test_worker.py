@@ -7,7 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from unrollc.backends.worker import DisagreementError, _module, _random, _verify, agree
+from unrollc.backends.worker import (
+    DisagreementError,
+    _exactly,
+    _module,
+    _random,
+    _verify,
+    agree,
+)
 
 #: A step of SGD on a linear layer: what Inductor has got wrong before.
 SCALED = """
@@ -133,7 +140,34 @@ def test_what_should_cancel_out_and_does_not_is_found_out() -> None:
 
 def test_integers_are_compared_exactly() -> None:
     a, b = torch.arange(3), torch.tensor([0, 1, 3])
-    assert agree(a, a.clone(), [a]) and not agree(b, a, [a, a])
+    assert agree(a, a.clone(), [a], a) and not agree(b, a, [a, a], a)
+
+
+#: Zero on paper, and the dtype is named on the way.
+BACK = """
+def compute(call, v0, ):
+    n0 = call('aten.log.default', v0)
+    n1 = call('aten._to_copy.default', n0, dtype=torch.float32)
+    n2 = call('aten.exp.default', n1)
+    n3 = call('aten.sub.Tensor', n2, v0)
+    return (n3, )
+"""
+
+
+def test_a_single_number_that_chance_does_not_move_is_held_against_float64() -> None:
+    """The ops' own result may be the one that is off; what is right must not be refused for it."""
+    ours, theirs = torch.tensor(3.86e-5), torch.tensor(3.93e-5)
+    lucky = [theirs + 1e-8, theirs - 7e-9]
+    assert not agree(ours, theirs, lucky, theirs.double())
+    assert agree(ours, theirs, lucky, ours.double())
+    assert not agree(ours + 1e-5, theirs, lucky, ours.double())
+
+
+def test_the_same_ops_run_in_float64() -> None:
+    given = [torch.linspace(0.1, 1, 100)]
+    (exact,), (rounded,) = _exactly(_module(BACK, 1), given), _module(BACK, 1)(*given)
+    assert exact.dtype is torch.float64 and rounded.dtype is torch.float32
+    assert exact.norm() < 1e-14 < 1e-8 < rounded.norm()
 
 
 def test_random_numbers_are_positive_at_first() -> None:

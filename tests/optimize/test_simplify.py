@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from tests.plan.graphs import Sketch, misplaced, random_graphs, targets, values_for
 from unrollc.optimize.simplify import (
     PASSES,
+    forget_running_statistics,
     merge_common,
     plain_zeros,
     propagate_zeros,
@@ -65,6 +66,24 @@ def test_a_convolution_of_zeros_is_zero_unless_it_has_a_bias(zero: str, biased: 
     step = sketch.returning(found)
     assert propagate_zeros(step.graph) == (not biased)
     assert (aten.convolution.default in targets(simplify(step))) == biased
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_statistics_that_nothing_reads_are_not_computed(training: bool) -> None:
+    sketch, x = x_of(5, 3, 2, 2)
+    rows = [sketch.input(name, 3) for name in ("weight", "bias", "mean", "variance")]
+    norm = sketch.call(aten._native_batch_norm_legit_functional.default, x, *rows, True, 0.1, 1e-2)
+    running, batch = [[sketch.part(norm, i) for i in pair] for pair in ((3, 4), (1, 2))]
+    g = sketch.input("g", 5, 3, 2, 2)
+    rest = (rows[0], *running, *batch, training, 1e-2, [True, True, True])
+    back = sketch.call(aten.native_batch_norm_backward.default, g, x, *rest)
+    step = sketch.returning(*(sketch.part(back, i) for i in range(3)))
+    values = [v.abs() + 1 for v in values_for(step)]
+    before = run(step, *values)
+    assert forget_running_statistics(step.graph) == training
+    assert not forget_running_statistics(step.graph)
+    for one, other in zip(before, run(step, *values), strict=True):
+        assert torch.equal(one, other)
 
 
 # --- the passes -------------------------------------------------------------------------------

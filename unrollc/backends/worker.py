@@ -133,8 +133,11 @@ def _verify(module: Any, run: Callable[[Sequence[Any]], list[Any]], examples: li
     """Hold the machine code against PyTorch's ops on random numbers.
 
     How far rounding may take the two apart is seen from how far the ops' own results move when
-    their inputs, or the result of every op on the way, move by some units in the last place. Moved
-    inputs alone would not show it: what cancels out on paper cancels out for them too.
+    their inputs, or the result of every op on the way, move by some units in the last place, and
+    from how far they are from what the ops return in float64. Moved inputs alone would not show
+    it: what cancels out on paper cancels out for them too. Nor would moved results: by chance,
+    those of a single number may move next to nothing, and a long sum is off by more than a few
+    units.
 
     Raises:
         DisagreementError: If they are further apart.
@@ -144,8 +147,9 @@ def _verify(module: Any, run: Callable[[Sequence[Any]], list[Any]], examples: li
         expected = module(*inputs)
         nudged = module(*_random(examples, signed, nudge=_MOVED))
         near = zip(nudged, _inexactly(module, inputs), strict=True)
+        exact = _exactly(module, inputs)
         results = run(inputs)
-        for place, compared in enumerate(zip(results, expected, near, strict=True)):
+        for place, compared in enumerate(zip(results, expected, near, exact, strict=True)):
             if not agree(*compared):
                 raise DisagreementError(
                     f"result {place} differs from that of PyTorch's ops on the same random numbers"
@@ -165,25 +169,28 @@ def _shared(inputs: Sequence[Any], results: Sequence[Any]) -> set[tuple[int, int
     }
 
 
-def agree(ours: Any, theirs: Any, near: Sequence[Any]) -> bool:
+def agree(ours: Any, theirs: Any, near: Sequence[Any], exact: Any) -> bool:
     """Whether two results are equal but for rounding.
 
     Args:
         ours, theirs: The results.
         near: What `theirs` might be with other rounding.
+        exact: What `theirs` would be with next to none, in another dtype.
     """
     import torch
 
     if (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
         return False
     if not theirs.dtype.is_floating_point:
-        steady = all(torch.equal(theirs, each) for each in near)
+        steady = all(torch.equal(theirs, each.to(theirs.dtype)) for each in (*near, exact))
         return bool(torch.equal(ours, theirs)) or not steady
     precision = torch.finfo(theirs.dtype).eps
-    ours, theirs, *near = (each.double().flatten() for each in (ours, theirs, *near))
-    sound = torch.stack([torch.isfinite(each) for each in (theirs, *near)]).all(0)
+    every = (ours, theirs, exact, *near)
+    ours, theirs, exact, *near = (each.double().flatten() for each in every)
+    sound = torch.stack([torch.isfinite(each) for each in (theirs, exact, *near)]).all(0)
     scale = torch.where(sound, theirs, 0).norm()
     reach = 50 * max(torch.where(sound, theirs - each, 0).norm() for each in near)
+    reach = max(reach, 10 * torch.where(sound, theirs - exact, 0).norm())
     error = torch.where(sound, ours - theirs, 0).norm()
     # Without a finite bound the comparison fails, as it does where `ours` alone is not finite.
     return bool(error <= 1e3 * precision * scale + reach + precision)
@@ -218,6 +225,26 @@ def _inexactly(module: Any, inputs: Sequence[Any]) -> Sequence[Any]:
             return result if node.op == "output" else moved(result)
 
     return Inexact(module).run(*inputs)  # type: ignore[no-any-return]
+
+
+def _exactly(module: Any, inputs: Sequence[Any]) -> Sequence[Any]:
+    """What the ops return in float64: the same numbers but for the rounding of a shorter dtype."""
+    import torch
+    from torch import fx
+
+    def longer(value: Any) -> Any:
+        short = isinstance(value, torch.dtype) and value.is_floating_point
+        return torch.float64 if short else value
+
+    class Exact(fx.Interpreter):
+        def fetch_args_kwargs_from_env(self, node: fx.Node) -> tuple[Any, Any]:
+            args, kwargs = super().fetch_args_kwargs_from_env(node)
+            return fx.node.map_aggregate((args, kwargs), longer)
+
+    if any(node.target is torch.ops.aten.view.dtype for node in module.graph.nodes):
+        return module(*inputs)  # type: ignore[no-any-return] # bits of another dtype mean others
+    given = [each.double() if each.dtype.is_floating_point else each for each in inputs]
+    return Exact(module).run(*given)  # type: ignore[no-any-return]
 
 
 def _random(examples: list[Any], signed: bool, nudge: float) -> list[Any]:

@@ -14,6 +14,7 @@ from torch.autograd import Function
 from unrollc.capture.nests import tensors_in
 from unrollc.capture.record import Recorder
 from unrollc.capture.source import SourceFinder
+from unrollc.differentiate import batch_norm
 from unrollc.differentiate.guarded import Guards, dropped, is_elementwise
 from unrollc.differentiate.pure import PureRecorder
 from unrollc.step import ATTACH, Phase, StepGraph
@@ -144,6 +145,11 @@ EQUIVALENTS: dict[Any, Callable[..., Any]] = {
     aten._weight_norm_interface_backward.default: _weight_norm_backward,
 }
 
+#: Ops whose derivative in reverse mode takes fewer passes than PyTorch's formula.
+_SHORTER: dict[Any, Callable[..., Any]] = {
+    aten.native_batch_norm_backward.default: batch_norm.backward,
+}
+
 
 class Replay:
     """Executes nodes of a graph on tensors under a recorder.
@@ -181,6 +187,8 @@ class Replay:
 
     def call(self, node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         target: Any = EQUIVALENTS.get(node.target, node.target)
+        if torch.is_grad_enabled():
+            target = _SHORTER.get(target, target)
         if torch.is_grad_enabled() and is_elementwise(node):
             if node.meta.get("removable"):
                 seen: list[Tensor] = []

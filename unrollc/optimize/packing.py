@@ -22,6 +22,7 @@ from unrollc.optimize.congruence import Key, equal_state, key_of, merged, number
 from unrollc.optimize.lanes import Kind, Lanes, Tuple
 from unrollc.optimize.memory_format import channels_last
 from unrollc.optimize.packed_step import Group, Pack, UnpackableError, packed
+from unrollc.optimize.pooling import pool_first
 from unrollc.optimize.simplify import simplify, structural_zeros
 from unrollc.step import STATE_ROLES, Role, StepGraph, Value
 
@@ -119,11 +120,20 @@ def rewritten(
 
 def lay_out_images(loop: PackedLoop) -> PackedLoop:
     """``convolution(batch) --> convolution(batch in channels_last)`` (see `memory_format`)."""
+    return _everywhere(loop, channels_last)
+
+
+def pool_before_relu(loop: PackedLoop) -> PackedLoop:
+    """``max_pool(relu(x)) --> relu(max_pool(x))`` (see `pooling`)."""
+    return _everywhere(loop, pool_first)
+
+
+def _everywhere(loop: PackedLoop, rewrite: Callable[[StepGraph], StepGraph]) -> PackedLoop:
     return replace(
         loop,
-        steps=tuple(channels_last(step) for step in loop.steps),
-        val=channels_last(loop.val),
-        val_gradient=loop.val_gradient and channels_last(loop.val_gradient),
+        steps=tuple(rewrite(step) for step in loop.steps),
+        val=rewrite(loop.val),
+        val_gradient=loop.val_gradient and rewrite(loop.val_gradient),
     )
 
 
@@ -161,7 +171,12 @@ def pack_alike(loop: PackedLoop) -> PackedLoop:
 LoopPass = Callable[[PackedLoop], PackedLoop]
 
 #: The pipeline, in order.
-PASSES: tuple[LoopPass, ...] = (lay_out_images, share_equal_state, pack_alike)
+PASSES: tuple[LoopPass, ...] = (
+    pool_before_relu,
+    lay_out_images,
+    share_equal_state,
+    pack_alike,
+)
 
 
 def _each_step(loop: PackedLoop, rewrite: Callable[..., StepGraph]) -> PackedLoop:

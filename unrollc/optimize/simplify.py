@@ -195,6 +195,22 @@ def _is_zero(node: fx.Node) -> bool:
     return node.target in _ZERO_MAKERS and node.meta.get("phase") in DERIVED
 
 
+def forget_running_statistics(graph: fx.Graph) -> bool:
+    """``batch_norm_backward(g, x, w, running, μ, r) --> batch_norm_backward(g, x, w, None, μ, r)``.
+
+    In training mode it reads the statistics of the batch alone. An adjoint that computed the
+    running ones for it normalised every batch once more.
+    """
+    changed = False
+    for node in graph.find_nodes(
+        op="call_function", target=aten.native_batch_norm_backward.default
+    ):
+        if node.args[7] is True and node.args[3:5] != (None, None):
+            node.args = (*node.args[:3], None, None, *node.args[5:])
+            changed = True
+    return changed
+
+
 def merge_common(graph: fx.Graph) -> bool:
     """Two equal ops on equal arguments --> one."""
     seen: dict[Any, fx.Node] = {}
@@ -276,6 +292,7 @@ PASSES: tuple[Pass, ...] = (
     plain_zeros,
     remove_identities,
     propagate_zeros,
+    forget_running_statistics,
     merge_common,
     share_scaled_products,
     keep_images,

@@ -255,7 +255,11 @@ class Program:
         Raises:
             BackendError: If there is some that Inductor cannot compile.
         """
-        for executor in itertools.chain(*self._cache.values()):
+        alone = list(itertools.chain(*self._cache.values()))
+        joint = [
+            each for one in alone if one in self._joints for each in self._joints[one].executors
+        ]
+        for executor in (*alone, *joint):
             executor.finish_compiling()
 
     def inputs(self, train: Any, val: Any) -> dict[str, Any]:

@@ -130,6 +130,11 @@ class Joints:
     by_count: dict[int, Joint | NotVectorizableError | BudgetError] = field(default_factory=dict)
     choices: dict[tuple[int, bool, bool | None], tuple[int, str]] = field(default_factory=dict)
 
+    @property
+    def executors(self) -> list[Executor]:
+        """What runs the programs."""
+        return [each.executor for each in self.by_count.values() if isinstance(each, Joint)]
+
 
 @dataclass(frozen=True)
 class Asked:
