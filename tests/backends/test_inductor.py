@@ -20,6 +20,7 @@ import unrollc
 from unrollc.backends import inductor
 from unrollc.backends.cache import open_cache, set_cache_directory
 from unrollc.backends.inductor import Compilation
+from unrollc.plan import threads as plan_threads
 
 STEPS = 3
 
@@ -265,7 +266,7 @@ def test_small_functions_are_compiled_for_one_thread(
     lowered = unrollc.compile(*problem()[:2], nn.CrossEntropyLoss()).lower(*problem()[3:])
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     cost = SimpleNamespace(seconds=seconds)
-    monkeypatch.setattr(inductor, "cost_of", lambda graph: cost)
+    monkeypatch.setattr(plan_threads, "cost_of", lambda graph: cost)
     assert inductor.threads_for(lowered.pieces, "step_0") == threads
 
 

@@ -32,11 +32,7 @@ from unrollc.backends.worker import runner_of
 from unrollc.errors import BackendError
 from unrollc.plan.cost import cost_of
 from unrollc.plan.pieces import Pieces
-
-#: A graph that one thread is done with in so many seconds is compiled for one: waking others takes
-#: longer than they save.
-ALONE = 1e-3
-
+from unrollc.plan.threads import is_small
 
 #: The part of a run's time that compiled functions must make up before it begins.
 _MOST = 0.9
@@ -211,7 +207,7 @@ def most_of(seconds: Mapping[str, float]) -> frozenset[str]:
 def threads_for(pieces: Pieces, name: str) -> int:
     """Threads that a function is compiled for: all of torch's, or one where it is small."""
     graph = dict(pieces.named_graphs)[name]
-    return 1 if cost_of(graph).seconds < ALONE else torch.get_num_threads()
+    return 1 if is_small(graph) else torch.get_num_threads()
 
 
 def dealt(sizes: Mapping[str, int], first: Collection[str]) -> list[list[str]]:

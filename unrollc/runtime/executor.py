@@ -8,6 +8,7 @@ from types import ModuleType
 from unrollc.backends.bind import Function, conforming
 from unrollc.backends.inductor import Compilation
 from unrollc.errors import BackendError
+from unrollc.plan.threads import all_small
 from unrollc.runtime.load import load
 from unrollc.runtime.lowering import Lowered
 
@@ -35,6 +36,7 @@ class Executor:
         self.backend = backend
         self._backend = AUTO if backend == "auto" else backend
         self._steady = steady
+        self._threads = 1 if all_small(lowered.pieces) else None
         self._generated: ModuleType | None = None
         self._compiled: ModuleType | None = None
         self._identity = ""
@@ -76,7 +78,7 @@ class Executor:
 
     def _as_generated(self) -> ModuleType:
         if self._generated is None:
-            self._generated = load(self.lowered.generated)
+            self._generated = load(self.lowered.generated, threads=self._threads)
         return self._generated
 
     def _begun(self) -> Compilation:
@@ -97,7 +99,7 @@ class Executor:
                 for name, op in self._named(ops)
             }
             conform = conforming(self.lowered.pieces)
-            self._compiled = load(self.lowered.generated, functions, conform)
+            self._compiled = load(self.lowered.generated, functions, conform, self._threads)
             self._identity = identity
         return self._compiled
 

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from unrollc.codegen.module import GeneratedCode
 
 #: Functions that a run enters a program by; their first argument is the program's inputs.
@@ -19,6 +21,7 @@ def load(
     generated: GeneratedCode,
     functions: Mapping[str, Callable[..., Any]] | None = None,
     conform: Callable[[Any], Any] | None = None,
+    threads: int | None = None,
 ) -> ModuleType:
     """Execute generated source; its lines are registered with `linecache`.
 
@@ -26,6 +29,7 @@ def load(
         generated: The source.
         functions: What takes the place of functions of the same names.
         conform: Goes over the inputs wherever a run enters the program.
+        threads: Most threads of torch's that a run uses; None for all.
     """
     digest = hashlib.sha256(generated.text.encode()).hexdigest()[:12]
     file = f"<unrollc {digest}>"
@@ -35,16 +39,32 @@ def load(
     module.__file__ = file
     exec(compile(generated.text, file, "exec"), module.__dict__)
     module.__dict__.update(functions or {})
-    if conform is not None:
-        for name in _ENTRIES:
-            if hasattr(module, name):
-                setattr(module, name, _entered(getattr(module, name), conform))
+    for name in _ENTRIES:
+        if hasattr(module, name):
+            entry = getattr(module, name)
+            entry = entry if conform is None else _conformed(entry, conform)
+            setattr(module, name, entry if threads is None else _limited(entry, threads))
     return module
 
 
-def _entered(function: Callable[..., Any], conform: Callable[[Any], Any]) -> Callable[..., Any]:
+def _conformed(function: Callable[..., Any], conform: Callable[[Any], Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def entry(inputs: Any, *args: Any) -> Any:
         return function(conform(inputs), *args)
+
+    return entry
+
+
+def _limited(function: Callable[..., Any], threads: int) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def entry(*args: Any) -> Any:
+        before = torch.get_num_threads()
+        if before <= threads:
+            return function(*args)
+        torch.set_num_threads(threads)
+        try:
+            return function(*args)
+        finally:
+            torch.set_num_threads(before)
 
     return entry
