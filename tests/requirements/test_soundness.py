@@ -28,6 +28,7 @@ from tests.requirements.rows import CUTTING, ENTRIES, SMOOTH_EACH, SMOOTH_VECTOR
 from unrollc.requirements import dependence, edges, judge, zeros
 from unrollc.requirements.verdict import Requirements, Verdict
 from unrollc.runtime import lowering
+from unrollc.runtime.given import read_given
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -117,7 +118,7 @@ class Case:
     def by_dependence(self) -> Requirements:
         """The verdicts without differentiating the captured graphs."""
         program = self.compile()
-        given = program._read(self.instance.train, self.instance.val)
+        given = read_given(program._problem, self.instance.train, self.instance.val)
         captured = lowering.capture(
             given.problem, program._options, given.stock, given.train, given.val
         )
