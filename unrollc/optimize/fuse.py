@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from unrollc.capture.faking import asked
 from unrollc.step import DERIVED
 
 aten = torch.ops.aten
@@ -299,7 +300,7 @@ def _call(graph: fx.Graph, like: fx.Node, target: Any, *args: Any, **kwargs: Any
         return node
     mode = next(n.meta["val"].fake_mode for n in node.all_input_nodes)
     with torch.no_grad(), mode:
-        node.meta["val"] = target(*values, **named)
+        node.meta["val"] = asked(target, values, named)
     return node
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from unrollc.capture.faking import asked
 from unrollc.step import Phase, Role, StepGraph, build, copy, tensors_of
 
 aten = torch.ops.aten
@@ -161,4 +162,4 @@ def propagate(graph: StepGraph) -> None:
             continue
         mode = graph.placeholders[0].meta["val"].fake_mode
         with torch.no_grad(), mode:
-            node.meta["val"] = node.target(*values, **named)
+            node.meta["val"] = asked(node.target, values, named)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from unrollc.capture.faking import asked
 from unrollc.optimize.congruence import Key, numbered
 from unrollc.optimize.lanes import Kind, Lane, Lanes, Tuple
 from unrollc.step import Phase, Role, StepGraph, Value, build, placeholder
@@ -357,7 +358,7 @@ class _Writer:
         node = self.graph.call_function(target, args, kwargs)
         values, named = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
         with torch.no_grad(), self.fake_mode:
-            node.meta["val"] = target(*values, **named)
+            node.meta["val"] = asked(target, values, named)
         node.meta.update(phase=phase, source=None)
         return node
 

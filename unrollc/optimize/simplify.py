@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from unrollc.capture.faking import asked
 from unrollc.optimize.fuse import FUSIONS
 from unrollc.optimize.memory_format import follows_images, keep_images, propagate
 from unrollc.optimize.scaled_products import share_scaled_products
@@ -271,7 +272,7 @@ def refresh_view(node: fx.Node) -> None:
         given: Any = fx.map_arg((args, node.kwargs), lambda n: n.meta["val"])
         args, kwargs = given
         with torch.no_grad(), args[0].fake_mode:
-            node.meta["val"] = target(*args, **kwargs)
+            node.meta["val"] = asked(target, args, kwargs)
 
 
 def aliases(op: Any) -> bool:
