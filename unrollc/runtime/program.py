@@ -296,7 +296,7 @@ class Program:
             )
         self._moving |= lowered.loop.manner.moving  # from now on no part of the key
         if self._options.memory is None:
-            keep_freed_memory()
+            keep_freed_memory(lowered.plan.peak_bytes)
         variants = self._variants(given, differentiate)
         steady = self._options.spill is not None  # a resumed run must be the one that was killed
         variants.append(Executor(lowered, self._options.backend, steady=steady))
