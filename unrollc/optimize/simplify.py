@@ -36,6 +36,7 @@ def simplify(step: StepGraph) -> StepGraph:
                 verify(result)
     if follows_images(result.graph):
         propagate(result)
+        copy_once(result.graph)
     refresh_views(result.graph)
     return result
 
@@ -210,6 +211,30 @@ def forget_running_statistics(graph: fx.Graph) -> bool:
             node.args = (*node.args[:3], None, None, *node.args[5:])
             changed = True
     return changed
+
+
+def copy_once(graph: fx.Graph) -> None:
+    """``reshape(clone(x), shape) --> reshape(x, shape)``, where reshaping copies `x` itself.
+
+    Flattening images with channels innermost is a copy. Autograd writes it as two ops, the step as
+    one, and only what both write alike can be handed from a step to its adjoint.
+    """
+    for node in graph.find_nodes(op="call_function", target=aten.reshape.default):
+        args: Any = node.args
+        clone, *shape = args
+        if not isinstance(clone, fx.Node) or clone.target is not aten.clone.default:
+            continue
+        images: Any = clone.args[0]
+        if clone.kwargs != {"memory_format": torch.contiguous_format}:
+            continue
+        value = images.meta["val"]
+        with torch.no_grad(), value.fake_mode:
+            reshaped = asked(aten.reshape.default, (value, *shape), {})
+        if reshaped.untyped_storage()._cdata == value.untyped_storage()._cdata:
+            continue
+        node.args = (images, *shape)
+        if not clone.users:
+            graph.erase_node(clone)
 
 
 def merge_common(graph: fx.Graph) -> bool:
