@@ -112,7 +112,7 @@ def compile(
             steps, forward and backward.
         backend: What runs the program. "aten" calls PyTorch's ops from the generated Python;
             "inductor" compiles each distinct step, adjoint and the validation loss to machine code
-            once (seconds to a minute, kept in a cache on the disk), whatever T is; what runs once
+            once (seconds to minutes, kept in a cache on the disk), whatever T is; what runs once
             in a call is compiled while the program already runs. "tiered" is "aten" until there
             is something to go on with. "auto" is "aten".
         debug: Look for NaN and infinity in data, losses and parameters at every call.

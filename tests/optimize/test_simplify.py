@@ -6,11 +6,13 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, fx
 
 from tests.plan.graphs import Sketch, misplaced, random_graphs, targets, values_for
 from unrollc.optimize.simplify import (
     PASSES,
+    Pass,
     forget_running_statistics,
     merge_common,
     plain_zeros,
@@ -368,6 +370,15 @@ def test_random_graphs_keep_their_values(step: StepGraph) -> None:
     assert len(targets(simplified)) <= len(targets(step))
     assert not misplaced(simplified)
     assert not any(rewrite(simplified.graph) for rewrite in PASSES)
+
+
+@given(random_graphs(), st.sampled_from(PASSES))
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+def test_each_pass_alone_keeps_the_values_of_a_random_graph(step: StepGraph, rewrite: Pass) -> None:
+    expected = run(step, *values_for(step))
+    rewrite(step.graph)
+    for found, value in zip(run(step, *values_for(step)), expected, strict=True):
+        torch.testing.assert_close(found, value, rtol=0, atol=0)
 
 
 def test_a_pass_that_changes_the_function_is_caught() -> None:

@@ -57,3 +57,22 @@ def test_an_op_without_a_batching_rule_is_named(monkeypatch: pytest.MonkeyPatch)
         NotVectorizableError, match=r"no batching rule applies to aten\._native_bat"
     ):
         vectorized(lowered.loop, lowered.val, COUNT)
+
+
+def embedding(padding: int | None) -> Any:
+    """The lowered program of one task that learns an embedding, perhaps with a row of padding."""
+    model = nn.Sequential(nn.Embedding(5, 3, padding_idx=padding), nn.Flatten(), nn.Linear(6, 2))
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    program = unrollc.compile(model, opt, F.cross_entropy)
+    batch = torch.randint(5, (4, 2)), torch.randint(2, (4,))
+    with torch.no_grad():
+        return program.lower(unrollc.repeat(batch, 2), batch)
+
+
+def test_a_row_of_padding_for_each_task_is_refused() -> None:
+    """vmap's rule would let gradients flow to that row of all tasks but the first."""
+    plain = embedding(None)
+    vectorized(plain.loop, plain.val, COUNT)
+    padded = embedding(0)
+    with pytest.raises(NotVectorizableError, match="embedding"):
+        vectorized(padded.loop, padded.val, COUNT)

@@ -38,18 +38,13 @@ def bound(kernel: Kernel, run: Callable[[Sequence[Tensor]], list[Tensor]] | None
         flat += kernel.constants
         results = [] if run is None else run(flat if take is None else take(flat))
         if astray is None:  # what a kernel returns lies in memory in the same way at every call
-            pairs = enumerate(zip(kernel.outputs, results, strict=True))
-            astray = [(place, spec) for place, (spec, t) in pairs if not spec.fits(t)]
+            astray = _astray(kernel.outputs, results)
         for place, spec in astray:
             results[place] = spec.laid_out(results[place])
         if give is not None:
             results += flat
             results = give(results)
-        if kernel.residuals:
-            residuals = results[-kernel.residuals :]
-            del results[-kernel.residuals :]
-            return [*results, residuals]
-        return results
+        return _returned(kernel, results)
 
     return function
 
@@ -71,17 +66,27 @@ def arranged(kernel: Kernel, function: Function) -> Function:
         residuals = results.pop() if kernel.residuals else []
         results += residuals
         if astray is None:  # ops give equal inputs the same layouts at every call
-            pairs = enumerate(zip(specs, results, strict=True))
-            astray = [(n, spec) for n, (spec, t) in pairs if spec is not None and not spec.fits(t)]
+            astray = _astray(specs, results)
         for place, spec in astray:
             results[place] = spec.laid_out(results[place])
-        if kernel.residuals:
-            residuals = results[-kernel.residuals :]
-            del results[-kernel.residuals :]
-            return [*results, residuals]
-        return results
+        return _returned(kernel, results)
 
     return wrapped
+
+
+def _astray(specs: Sequence[Spec | None], results: Sequence[Tensor]) -> list[tuple[int, Spec]]:
+    """The places of results that do not lie in memory as they should."""
+    pairs = enumerate(zip(specs, results, strict=True))
+    return [(place, spec) for place, (spec, t) in pairs if spec is not None and not spec.fits(t)]
+
+
+def _returned(kernel: Kernel, results: list[Tensor]) -> Sequence[Any]:
+    """What a function returns: residuals stand in a list of their own."""
+    if not kernel.residuals:
+        return results
+    residuals = results[-kernel.residuals :]
+    del results[-kernel.residuals :]
+    return [*results, residuals]
 
 
 def _picked(places: tuple[int, ...], count: int) -> Callable[[list[Tensor]], list[Tensor]] | None:

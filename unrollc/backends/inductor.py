@@ -65,6 +65,7 @@ class Compilation:
         self._cache = open_cache()
         self._draft: Path | None = None
         self._workers: dict[Path, subprocess.Popen[bytes]] = {}
+        self._folders: dict[str, Path] = {}  # of the workers, by the keys that they were given
         self._sweep: Callable[[], object] = lambda: None
         self._settings = {"cpp.cxx": [tools.compiler]}
         self._start()
@@ -111,17 +112,18 @@ class Compilation:
             return
         self._draft = self._cache.draft()
         sizes = {key: len(self._kernels[name].text) for key, name in missing.items()}
-        first = {key for key, name in missing.items() if name in self.awaited}
+        first = {key for name, key in self.keys.items() if name in self.awaited}
         for number, keys in enumerate(dealt(sizes, first)):
             folder = self._draft / str(number)
             folder.mkdir()
-            kernels = {key: self._described(missing[key]) for key in keys}
+            kernels = {key: self._described(missing[key], awaited=key in first) for key in keys}
             job = {"settings": self._settings, "kernels": kernels}
             (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
+            self._folders.update(dict.fromkeys(keys, folder))
             self._workers[folder] = _worker(folder)
         self._sweep = weakref.finalize(self, _end, list(self._workers.values()), self._draft)
 
-    def _described(self, name: str) -> dict[str, object]:
+    def _described(self, name: str, *, awaited: bool) -> dict[str, object]:
         kernel = self._kernels[name]
         inputs = [asdict(spec) for spec in kernel.inputs]
         return {
@@ -129,7 +131,7 @@ class Compilation:
             "inputs": inputs,
             "threads": self._threads[name],
             "device": _device(kernel, self._home),
-            "awaited": name in self.awaited,
+            "awaited": awaited,
         }
 
     def _is_settled(self, name: str) -> bool:
@@ -137,18 +139,13 @@ class Compilation:
         if name in self._functions or name in self._given_up or name not in self.keys:
             return True
         key = self.keys[name]
-        folder = self._folder(key)
-        if folder is None or any((folder / key / each).exists() for each in ("done", "error")):
+        folder = self._folders.get(key)
+        taken = {self.keys.get(other) for other in self._functions}  # equal texts are one kernel
+        if folder is None or key in taken:
+            return True
+        if any((folder / key / each).exists() for each in ("done", "error")):
             return True
         return self._workers[folder].poll() is not None
-
-    def _folder(self, key: str) -> Path | None:
-        """That of the worker which was given a kernel; None if it was in the cache."""
-        for folder in self._workers:
-            job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
-            if key in job["kernels"]:
-                return folder
-        return None
 
     def _take(self, name: str, *, required: bool) -> None:
         """Put a function in its place if it is settled."""
@@ -171,7 +168,7 @@ class Compilation:
 
     def _made(self, name: str, key: str) -> Path:
         """The folder that a worker has made."""
-        folder = self._folder(key)
+        folder = self._folders.get(key)
         if folder is None:
             raise _refused(name, "its compiled code has disappeared from the cache")
         place = folder / key

@@ -257,6 +257,8 @@ class _SideBySide(Replay):
             return target(*args)
         if target is ATTACH:
             return target(*(self._own_value(each) for each in node.all_input_nodes))
+        if target is aten.embedding.default and node.args[0] in self.own and _padded(*args):
+            raise NotVectorizableError("vmap's rule for embedding pads the first task's row alone")
         last = next(reversed(self.recorder.graph.nodes))
         rule = RULES.get(target)
         result = rule(self._operands(node, args), target, kwargs) if rule else None
@@ -326,6 +328,14 @@ class _SideBySide(Replay):
     def _own_value(self, node: fx.Node) -> Tensor:
         value: Tensor = self.values[node]
         return value if node in self.own else repeated(value, self.count)
+
+
+def _padded(weight: Tensor, indices: Tensor, padding: int = -1, *rest: Any) -> bool:
+    """Whether an embedding has a row to which no gradient flows.
+
+    vmap's rule puts the rows of all tasks below one another and keeps the number of that row.
+    """
+    return padding >= 0
 
 
 def _shape(value: Any) -> torch.Size | None:

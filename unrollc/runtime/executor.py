@@ -9,6 +9,7 @@ from unrollc.backends.bind import Function, conforming
 from unrollc.backends.inductor import Compilation
 from unrollc.errors import BackendError
 from unrollc.plan.threads import all_small
+from unrollc.runtime.allocator import keep_freed_memory
 from unrollc.runtime.load import load
 from unrollc.runtime.lowering import Lowered
 
@@ -52,6 +53,9 @@ class Executor:
             BackendError: If Inductor cannot compile the program; with ``"tiered"`` that is a
                 warning, and the generated module goes on.
         """
+        plan = self.lowered.plan
+        if plan.budget is None and self.lowered.pieces.device.type == "cpu":
+            keep_freed_memory(plan.peak_bytes)
         if self._backend == "inductor":
             return self._as_compiled()
         if self._backend == "tiered":

@@ -25,7 +25,6 @@ from unrollc.capture.problem import (
 )
 from unrollc.optimize.congruence import Key
 from unrollc.requirements.verdict import Requirements
-from unrollc.runtime.allocator import keep_freed_memory
 from unrollc.runtime.bridge import MetaLoop, Run
 from unrollc.runtime.executor import Executor
 from unrollc.runtime.given import Given, inputs_of, read_batches, read_given
@@ -295,8 +294,6 @@ class Program:
                 given.problem, self._options, given.stock, train, val, differentiate=differentiate
             )
         self._moving |= lowered.loop.manner.moving  # from now on no part of the key
-        if self._options.memory is None:
-            keep_freed_memory(lowered.plan.peak_bytes)
         variants = self._variants(given, differentiate)
         steady = self._options.spill is not None  # a resumed run must be the one that was killed
         variants.append(Executor(lowered, self._options.backend, steady=steady))
