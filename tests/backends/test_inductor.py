@@ -90,24 +90,32 @@ class Counted:
         monkeypatch.setattr(inductor, "_worker", counting)
 
 
-def test_gradients_are_those_of_the_ops(kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    counted = Counted(monkeypatch)
-    ours = run("inductor")
+@pytest.fixture(scope="module")
+def first_run(kernels: Path) -> tuple[Any, list[str]]:
+    """A run that finds an empty cache and leaves a full one, and the kernels that it compiled."""
+    with pytest.MonkeyPatch.context() as patch:
+        counted = Counted(patch)
+        ours = run("inductor")
+        ours[2].finish_compiling()
+    return ours, counted.kernels
+
+
+def test_gradients_are_those_of_the_ops(first_run: tuple[Any, list[str]]) -> None:
+    ours, compiled = first_run
     assert_equal(ours, run("aten"))
-    ours[2].finish_compiling()  # for the tests that follow
     functions = [name for name, _ in ours[2].lower(*problem()[3:]).pieces.named_graphs]
-    assert 0 < len(counted.kernels) == len(set(counted.kernels)) <= len(functions)
+    assert 0 < len(compiled) == len(set(compiled)) <= len(functions)
 
 
 def test_the_number_of_kernels_does_not_depend_on_the_number_of_steps(
-    kernels: Path, monkeypatch: pytest.MonkeyPatch
+    first_run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counted = Counted(monkeypatch)
     assert_equal(run("inductor", 17), run("aten", 17))
     assert counted.kernels == []
 
 
-def test_data_in_another_layout_is_brought_into_the_compiled_one(kernels: Path) -> None:
+def test_data_in_another_layout_is_brought_into_the_compiled_one(first_run: Any) -> None:
     """The program's key has no strides: code that is compiled for one order reads another's."""
     model, opt, _, train, val = problem()
     program = unrollc.compile(model, opt, nn.CrossEntropyLoss(), backend="inductor")
@@ -122,7 +130,7 @@ def test_data_in_another_layout_is_brought_into_the_compiled_one(kernels: Path) 
     assert len(program._cache) == 1
 
 
-def test_results_belong_to_the_user(kernels: Path) -> None:
+def test_results_belong_to_the_user(first_run: Any) -> None:
     """Writing to them changes neither a later run nor the backward pass without saying so."""
     model, opt, _, train, val = problem()
     program = unrollc.compile(model, opt, nn.CrossEntropyLoss(), backend="inductor")
@@ -142,7 +150,7 @@ def test_results_belong_to_the_user(kernels: Path) -> None:
 
 
 def test_tiered_starts_with_the_ops_and_goes_on_with_kernels(
-    kernels: Path, monkeypatch: pytest.MonkeyPatch
+    first_run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ready = False
     monkeypatch.setattr(Compilation, "ready", lambda self: ready)
@@ -165,7 +173,7 @@ def test_tiered_starts_with_the_ops_and_goes_on_with_kernels(
 
 
 def test_tiered_goes_on_with_the_ops_where_compilation_fails(
-    kernels: Path, monkeypatch: pytest.MonkeyPatch
+    first_run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def failing(self: Compilation, **_: Any) -> dict[str, Any]:
         raise unrollc.BackendError("Inductor cannot compile step_0")
@@ -180,7 +188,7 @@ def test_tiered_goes_on_with_the_ops_where_compilation_fails(
 
 
 def test_a_damaged_kernel_is_compiled_again_and_never_loaded(
-    kernels: Path, monkeypatch: pytest.MonkeyPatch
+    first_run: Any, kernels: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Loading what is left of a library would end the process."""
     cache = open_cache()
@@ -197,7 +205,7 @@ def test_a_damaged_kernel_is_compiled_again_and_never_loaded(
     assert cache.find(victim.name) is not None
 
 
-def test_what_a_new_process_takes_from_the_cache(kernels: Path) -> None:
+def test_what_a_new_process_takes_from_the_cache(first_run: Any, kernels: Path) -> None:
     """Kernels are loaded in milliseconds; Inductor is not even imported."""
     script = textwrap.dedent(
         f"""
@@ -253,7 +261,7 @@ def test_without_a_compiler_that_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
         run("inductor")
 
 
-def test_nothing_is_left_of_compilation(kernels: Path) -> None:
+def test_nothing_is_left_of_compilation(first_run: Any, kernels: Path) -> None:
     left = {path.name for path in kernels.iterdir()}
     assert not [name for name in left if name.startswith("draft-")]
     assert all(name == "secret" or len(name) == 64 for name in left)
@@ -288,7 +296,7 @@ def test_a_run_waits_for_what_takes_most_of_its_time() -> None:
 
 
 def test_what_is_not_compiled_yet_runs_as_ops_among_kernels(
-    kernels: Path, monkeypatch: pytest.MonkeyPatch
+    first_run: Any, kernels: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Values go from ops to kernels and back, in one layout."""
     slow = {"adjoint_0", "validate"}
@@ -314,7 +322,7 @@ def test_what_is_not_compiled_yet_runs_as_ops_among_kernels(
 
 
 def test_what_cannot_be_compiled_later_stays_as_it_is(
-    kernels: Path, monkeypatch: pytest.MonkeyPatch
+    first_run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = Compilation._function
 
