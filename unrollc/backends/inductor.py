@@ -27,8 +27,8 @@ from unrollc.backends import worker
 from unrollc.backends.bind import Function, arranged, bound
 from unrollc.backends.cache import open_cache
 from unrollc.backends.kernel import Kernel, kernels_of
+from unrollc.backends.library import Code, NativeCode, runner_of
 from unrollc.backends.toolchain import environment, key_of, toolchain
-from unrollc.backends.worker import runner_of
 from unrollc.errors import BackendError
 from unrollc.plan.cost import cost_of
 from unrollc.plan.pieces import Pieces
@@ -45,22 +45,24 @@ class Compilation:
     """The kernels of a program on their way from source to machine code.
 
     Attributes:
+        kernels: The functions by name.
         keys: The key of each kernel by the function's name.
         awaited: Names of the functions without which no run begins.
     """
 
     def __init__(self, pieces: Pieces) -> None:
-        self._kernels = kernels_of(pieces)
+        self.kernels = kernels_of(pieces)
         self._home = pieces.device
-        self._threads = {name: threads_for(pieces, name) for name in self._kernels}
+        self._threads = {name: threads_for(pieces, name) for name in self.kernels}
         tools = toolchain()
         self.keys = {
             name: key_of(kernel, self._threads[name], tools)
-            for name, kernel in self._kernels.items()
+            for name, kernel in self.kernels.items()
             if kernel.text
         }
         self.awaited = most_of(seconds_of(pieces))
         self._functions: dict[str, Function] = {}
+        self._codes: dict[str, Code] = {}
         self._given_up: set[str] = set()
         self._cache = open_cache()
         self._draft: Path | None = None
@@ -76,7 +78,7 @@ class Compilation:
 
     def done(self) -> bool:
         """Whether nothing more will be compiled."""
-        return len(self._functions) + len(self._given_up) == len(self._kernels)
+        return len(self._functions) + len(self._given_up) == len(self.kernels)
 
     def functions(self, *, everything: bool = False) -> Mapping[str, Function]:
         """The functions by name, as far as they are compiled.
@@ -90,19 +92,24 @@ class Compilation:
         """
         if self.done():
             return self._functions
-        required = self._kernels.keys() if everything else self.awaited
+        required = self.kernels.keys() if everything else self.awaited
         while not all(self._is_settled(name) for name in required):
             time.sleep(_PAUSE)
-        for name in self._kernels:
+        for name in self.kernels:
             if name not in self._functions and name not in self._given_up:
                 self._take(name, required=name in required)
         if self.done():
             self._sweep()
         return self._functions
 
+    def codes(self) -> dict[str, NativeCode] | None:
+        """The C functions by name, once every function that computes anything is one."""
+        found = {name: code for name, code in self._codes.items() if isinstance(code, NativeCode)}
+        return found if found and found.keys() == self.keys.keys() else None
+
     def arranged(self, name: str, function: Function) -> Function:
         """A function that is not compiled, which returns values as compiled ones take them."""
-        return arranged(self._kernels[name], function)
+        return arranged(self.kernels[name], function)
 
     # -- compiling ------------------------------------------------------------------------------
 
@@ -111,7 +118,7 @@ class Compilation:
         if not missing:
             return
         self._draft = self._cache.draft()
-        sizes = {key: len(self._kernels[name].text) for key, name in missing.items()}
+        sizes = {key: len(self.kernels[name].text) for key, name in missing.items()}
         first = {key for name, key in self.keys.items() if name in self.awaited}
         for number, keys in enumerate(dealt(sizes, first)):
             folder = self._draft / str(number)
@@ -124,11 +131,12 @@ class Compilation:
         self._sweep = weakref.finalize(self, _end, list(self._workers.values()), self._draft)
 
     def _described(self, name: str, *, awaited: bool) -> dict[str, object]:
-        kernel = self._kernels[name]
+        kernel = self.kernels[name]
         inputs = [asdict(spec) for spec in kernel.inputs]
         return {
             "text": kernel.text,
             "inputs": inputs,
+            "outputs": [asdict(spec) for spec in kernel.outputs],
             "threads": self._threads[name],
             "device": _device(kernel, self._home),
             "awaited": awaited,
@@ -152,7 +160,7 @@ class Compilation:
         if not self._is_settled(name):
             return
         try:
-            self._functions[name] = self._function(name, self._kernels[name])
+            self._functions[name] = self._function(name, self.kernels[name])
         except BackendError as error:
             if required:
                 raise
@@ -164,7 +172,9 @@ class Compilation:
             return bound(kernel, None)
         key = self.keys[name]
         place = self._cache.find(key) or self._cache.add(key, self._made(name, key))
-        return bound(kernel, runner_of(place, _device(kernel, self._home)))
+        outputs = [asdict(spec) for spec in kernel.outputs]
+        self._codes[name] = runner_of(place, _device(kernel, self._home), outputs)
+        return bound(kernel, self._codes[name])
 
     def _made(self, name: str, key: str) -> Path:
         """The folder that a worker has made."""

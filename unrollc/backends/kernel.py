@@ -9,6 +9,7 @@ a graph would return in another layout it copies into this one.
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,10 +39,19 @@ class Spec:
 
     def fits(self, tensor: Tensor) -> bool:
         """Whether a tensor of this shape lies in memory as it should."""
-        return self.stride == tensor.stride() or all(
+        return self.steps_as(tensor.stride())
+
+    def steps_as(self, stride: Sequence[int]) -> bool:
+        """Whether other strides lead to the same elements of this shape."""
+        return self.stride == stride or all(
             size == 1 or mine == its
-            for size, mine, its in zip(self.shape, self.stride, tensor.stride(), strict=True)
+            for size, mine, its in zip(self.shape, self.stride, stride, strict=True)
         )
+
+    def empty(self) -> Tensor:
+        """Fresh memory for such a tensor."""
+        dtype = getattr(torch, self.dtype.removeprefix("torch."))
+        return torch.empty_strided(self.shape, self.stride, dtype=dtype, device=self.device)
 
     def laid_out(self, tensor: Tensor) -> Tensor:
         """A copy that fits."""

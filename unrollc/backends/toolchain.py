@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from unrollc.backends import worker
+from unrollc.backends import library, native, spread, worker
 from unrollc.backends.kernel import Kernel
 from unrollc.errors import BackendError
 
@@ -83,9 +83,13 @@ def key_of(kernel: Kernel, threads: int, tools: Toolchain) -> str:
         "tools": asdict(tools),
         "torch": [torch.__version__, torch.version.git_version],
         "accelerators": [_accelerator(name) for name in sorted(_devices(kernel))],
-        "worker": Path(worker.__file__).read_text(encoding="utf-8"),
+        "makers": [Path(str(each.__file__)).read_text(encoding="utf-8") for each in _MAKERS],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+#: The modules that decide what machine code is made of a kernel.
+_MAKERS = (worker, native, spread, library)
 
 
 def _devices(kernel: Kernel) -> set[str]:

@@ -1,24 +1,48 @@
 """The process that compiles: kernels as texts in, shared libraries out.
 
 Run as a program with one argument, a folder that holds ``job.json``; what it makes goes into one
-folder a kernel beside it, and nothing else of the folder is kept. It imports torch alone. A process
-of its own keeps Inductor's settings, caches and threads apart from the user's, and lets kernels be
-compiled side by side and in the background.
+folder a kernel beside it, and nothing else of the folder is kept. It imports torch and the modules
+beside it that need torch alone. A process of its own keeps Inductor's settings, caches and threads
+apart from the user's, and lets kernels be compiled side by side and in the background.
+
+A kernel for a processor becomes one C function (see `native`); one for an accelerator, or with
+convolutions and other ops that PyTorch's library runs, is left to Inductor's own C++ wrapper.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import operator
 import os
+import re
 import shutil
+import subprocess
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+
+
+def _beside(name: str) -> ModuleType:
+    """A module of this folder, without the package: importing that takes longer than a kernel."""
+    full = f"{__spec__.parent if __spec__ else ''}.{name}".lstrip(".")
+    if full in sys.modules:
+        return sys.modules[full]
+    spec = importlib.util.spec_from_file_location(full, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[full] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+native = _beside("native")
+library = _beside("library")
+spread = _beside("spread")
 
 #: What Inductor must not change, and what only costs time; all of it is part of a kernel's key.
 SETTINGS: dict[str, Any] = {
@@ -66,20 +90,11 @@ def _compile_all(folder: Path, job: dict[str, Any], scratch: Path) -> None:
 
 def _compile(home: Path, build: Path, kernel: dict[str, Any], settings: dict[str, Any]) -> None:
     import torch
-    from torch._inductor import aot_compile
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     torch.set_num_threads(kernel["threads"])
     with FakeTensorMode():
-        examples = [
-            torch.empty_strided(
-                spec["shape"],
-                spec["stride"],
-                dtype=getattr(torch, spec["dtype"].removeprefix("torch.")),
-                device=spec["device"],
-            )
-            for spec in kernel["inputs"]
-        ]
+        examples = _examples(kernel)
     module = _module(kernel["text"], len(examples))
     options = {
         **SETTINGS,
@@ -90,36 +105,122 @@ def _compile(home: Path, build: Path, kernel: dict[str, Any], settings: dict[str
         "aot_inductor.precompile_headers": not kernel["awaited"],
         "aot_inductor.output_path": str(build / "kernel.so"),
     }
+    shutil.rmtree(build, ignore_errors=True)  # of a kernel that could not be compiled
+    build.mkdir(parents=True)
     with torch.no_grad():
-        aot_compile(module, tuple(examples), options=options)
-    shutil.move(build / "kernel.so", home / "kernel.so")
+        try:
+            _compile_alone(home, build, kernel, module, options)
+        except native.UnsupportedError:
+            _compile_wrapped(home, build, module, examples, options)
+        shutil.rmtree(build)
+        run = library.runner_of(home, kernel["device"], kernel["outputs"])
+        _verify(_module(kernel["text"], len(examples)), run, examples)
+
+
+def _examples(kernel: dict[str, Any]) -> list[Any]:
+    """Tensors like those that it takes."""
+    import torch
+
+    return [
+        torch.empty_strided(
+            spec["shape"],
+            spec["stride"],
+            dtype=getattr(torch, spec["dtype"].removeprefix("torch.")),
+            device=spec["device"],
+        )
+        for spec in kernel["inputs"]
+    ]
+
+
+def _compile_alone(
+    home: Path,
+    build: Path,
+    kernel: dict[str, Any],
+    module: Any,
+    options: dict[str, Any],
+) -> None:
+    """As one C function.
+
+    Raises:
+        UnsupportedError: If that is not possible.
+    """
+    from torch._inductor import config
+    from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions
+    from torch._inductor.cpu_vec_isa import pick_vec_isa
+
+    specs = [*kernel["inputs"], *kernel["outputs"]]
+    if any(spec["device"] != "cpu" for spec in specs) or _WRAPPED.search(kernel["text"]):
+        raise native.UnsupportedError("not on a processor alone")
+    chosen = {key: options[key] for key in options if not key.startswith("aot_")} | _ALONE
+    with config.patch(chosen):
+        written = native.native(_written(module, kernel), kernel["inputs"], kernel["outputs"])
+        (build / "native.cpp").write_text(written, encoding="utf-8")
+        flags = CppTorchOptions(vec_isa=pick_vec_isa(), warning_all=False)
+        builder = CppBuilder("native", str(build / "native.cpp"), flags, str(build))
+        command = builder.get_command_line()
+    said = subprocess.run(command.split(), capture_output=True, text=True, check=False)
+    if said.returncode:
+        errors = [line for line in said.stderr.splitlines() if "error" in line]
+        raise RuntimeError("the C++ compiler failed: " + "\n".join(errors[:5]))
+    shutil.move(build / "native.so", home / library.NATIVE)
+
+
+#: Settings for a C function: loops of few elements run on one thread, where Inductor would start
+#: all of them for every loop if their number were not fixed. `native` lets it change nevertheless.
+_ALONE = {"cpp.dynamic_threads": False, "cpp.min_chunk_size": 8192}
+
+#: Ops for which Inductor calls PyTorch's library, other than products of two matrices.
+_WRAPPED = re.compile(r"aten\.(convolution|bmm|baddbmm|_scaled_dot|native_|max_pool|avg_pool)")
+
+
+def _written(module: Any, kernel: dict[str, Any]) -> str:
+    """The Python module that Inductor writes for a graph; nothing is compiled."""
+    from unittest import mock
+
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.fx_passes.joint_graph import joint_graph_passes
+    from torch._inductor.graph import GraphLowering
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        inputs = _examples(kernel)
+        graph = make_fx(module, select_decomp_table())(*inputs)
+        graph = spread.spread(graph)
+    joint_graph_passes(graph)
+    written: list[str] = []
+
+    def keep(lowering: Any) -> None:
+        written.append(lowering.codegen()[0].value)
+        raise _WrittenError
+
+    with mock.patch.object(GraphLowering, "compile_to_module", keep):
+        try:
+            compile_fx_inner(graph, inputs)
+        except Exception:
+            if not written:
+                raise
+    return written[0]
+
+
+class _WrittenError(Exception):
+    """Inductor has written its module, and shall not compile it."""
+
+
+def _compile_wrapped(
+    home: Path, build: Path, module: Any, examples: list[Any], options: dict[str, Any]
+) -> None:
+    """With Inductor's own wrapper."""
+    from torch._inductor import aot_compile
+
+    aot_compile(module, tuple(examples), options=options)
+    shutil.move(build / "kernel.so", home / library.WRAPPED)
     # Ops that are called through PyTorch's dispatcher stand in a file beside the library.
     for path in build.glob("*.wrapper.json"):
         shutil.move(path, home / "kernel.json")
     for path in build.glob("**/*.cubin"):
         shutil.move(path, home / path.name)
-    shutil.rmtree(build)
-    with torch.no_grad():
-        _verify(_module(kernel["text"], len(examples)), runner_of(home, kernel["device"]), examples)
-
-
-def runner_of(folder: Path, device: str) -> Callable[[Sequence[Any]], list[Any]]:
-    """The machine code in a folder, called with a kernel's inputs.
-
-    Args:
-        folder: What `main` has made for a kernel.
-        device: Where it runs.
-
-    Raises:
-        RuntimeError: If it cannot be loaded.
-    """
-    import torch
-
-    kind, _, index = device.partition(":")
-    runner = getattr(torch._C._aoti, f"AOTIModelContainerRunner{kind.capitalize()}")
-    library = str(folder / "kernel.so")
-    loaded = runner(library, 1, device, str(folder)) if index else runner(library, 1)
-    return loaded.run  # type: ignore[no-any-return]
 
 
 # -- does it compute the same? ----------------------------------------------------------------

@@ -133,7 +133,7 @@ def _gradients(ctx: Any, inputs: Mapping[str, Any], again: bool) -> dict[str, An
             remedy="call the program again",
         )
     if again:
-        kept, cotangents = {j: list(s) for j, s in ctx.kept.items()}, list(ctx.cotangents)
+        kept, cotangents = {j: s.copy() for j, s in ctx.kept.items()}, list(ctx.cotangents)
         handed = kept, cotangents, pytree.tree_map(_copied, ctx.totals)
     else:  # the generated program takes over what it gets
         handed = ctx.kept, ctx.cotangents, ctx.totals

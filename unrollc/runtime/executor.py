@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from types import ModuleType
 
@@ -12,6 +13,8 @@ from unrollc.plan.threads import all_small
 from unrollc.runtime.allocator import keep_freed_memory
 from unrollc.runtime.load import load
 from unrollc.runtime.lowering import Lowered
+from unrollc.runtime.products import faster_products
+from unrollc.runtime.taped import Player
 
 #: What ``backend="auto"`` stands for.
 AUTO = "aten"
@@ -82,7 +85,9 @@ class Executor:
 
     def _as_generated(self) -> ModuleType:
         if self._generated is None:
-            self._generated = load(self.lowered.generated, threads=self._threads)
+            self._generated = load(
+                self.lowered.generated, faster_products(), threads=self._threads
+            )
         return self._generated
 
     def _begun(self) -> Compilation:
@@ -102,6 +107,12 @@ class Executor:
                 name: compiled[name] if name in compiled else compilation.arranged(name, op)
                 for name, op in self._named(ops)
             }
+            codes = None if self._steady else compilation.codes()
+            if codes is not None:
+                generated = functools.partial(load, self.lowered.generated)
+                budget = self.lowered.plan.budget
+                player = Player(generated, compilation.kernels, functions, codes, budget)
+                functions |= player.passes()
             conform = conforming(self.lowered.pieces)
             self._compiled = load(self.lowered.generated, functions, conform, self._threads)
             self._identity = identity

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import linecache
 from collections.abc import Callable, Mapping
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ def load(
     linecache.cache[file] = (len(generated.text), None, lines, file)
     module = ModuleType(f"unrollc_program_{digest}")
     module.__file__ = file
-    exec(compile(generated.text, file, "exec"), module.__dict__)
+    exec(_code(generated.text, file), module.__dict__)
     module.__dict__.update(functions or {})
     for name in _ENTRIES:
         if hasattr(module, name):
@@ -45,6 +45,11 @@ def load(
             entry = entry if conform is None else _conformed(entry, conform)
             setattr(module, name, entry if threads is None else _limited(entry, threads))
     return module
+
+
+@functools.lru_cache(maxsize=8)  # a compiled program is loaded several times in a row
+def _code(text: str, file: str) -> CodeType:
+    return compile(text, file, "exec")
 
 
 def _conformed(function: Callable[..., Any], conform: Callable[[Any], Any]) -> Callable[..., Any]:

@@ -1,0 +1,260 @@
+"""Runs of a generated program from tapes: its forward pass, and its backward pass.
+
+The tapes are recorded at the first run, from the functions `adapt` and `backward` of the generated
+program itself; whatever schedule they follow is what the tapes follow. See `backends.tape`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from unrollc.backends.bind import bound
+from unrollc.backends.kernel import Kernel
+from unrollc.backends.library import SAID, NativeCode
+from unrollc.backends.native import ELSEWHERE
+from unrollc.backends.tape import Recorder, Source, Symbol, Tape, UntapedError
+
+#: Loads a generated module with other functions in the place of its own.
+Load = Callable[[Mapping[str, Callable[..., Any]]], ModuleType]
+
+
+class Memory(list[Tensor]):
+    """The arena of a run, which its backward pass overwrites; a copy is another arena."""
+
+    def copy(self) -> Memory:
+        return Memory(each.clone() for each in self)
+
+
+@dataclass(frozen=True)
+class _Returned:
+    """What a pass returns: a tree whose leaves are outputs of its tape, inputs, or None."""
+
+    leaves: tuple[int | Source | None, ...]
+    tree: pytree.TreeSpec
+
+    def built(self, outputs: list[Tensor], inputs: Mapping[str, Any]) -> Any:
+        leaves = [
+            outputs[leaf] if isinstance(leaf, int) else leaf and _input(inputs, leaf)
+            for leaf in self.leaves
+        ]
+        return pytree.tree_unflatten(leaves, self.tree)
+
+
+@dataclass(frozen=True)
+class Tapes:
+    """The recorded passes of a program.
+
+    Attributes:
+        recorder: What has recorded them; it knows the arena, the sources and the functions.
+        forward, adapted: The forward pass, and the loss, the last state and the inner losses.
+        backward, gradients: The backward pass and the meta-gradients; None without one.
+    """
+
+    recorder: Recorder
+    forward: Tape
+    adapted: _Returned
+    backward: Tape | None
+    gradients: _Returned | None
+
+    @property
+    def nbytes(self) -> int:
+        """What a run needs: arena, scratch memory and tapes."""
+        tapes = [tape.nbytes for tape in (self.forward, self.backward) if tape is not None]
+        return self.recorder.arena.nbytes + self.recorder.scratch + sum(tapes)
+
+
+def recorded(
+    load: Load,
+    kernels: Mapping[str, Kernel],
+    codes: Mapping[str, NativeCode],
+    inputs: Mapping[str, Any],
+) -> Tapes:
+    """The tapes of a program.
+
+    Args:
+        load: Loads its module.
+        kernels: Its functions by name.
+        codes: The machine code of those that compute anything.
+        inputs: Of one run; others may be at other addresses.
+
+    Raises:
+        UntapedError: If the program does something that a tape cannot.
+    """
+    recorder = Recorder()
+    module = load(
+        {name: _recording(recorder, kernels[name], codes.get(name)) for name in kernels}
+    )
+    symbols = {label: _symbol(recorder, label, value) for label, value in inputs.items()}
+    *adapted, kept, cotangents, totals = module.adapt(symbols, 0)
+    forward, returned = _cut(recorder, adapted)
+    del adapted
+    if not hasattr(module, "backward"):
+        return Tapes(recorder, forward, returned, None, None)
+    gradients = module.backward(symbols, 0, kept, cotangents, totals)
+    del kept, cotangents, totals
+    return Tapes(recorder, forward, returned, *_cut(recorder, gradients))
+
+
+def _recording(recorder: Recorder, kernel: Kernel, code: NativeCode | None) -> Callable[..., Any]:
+    symbols: Any = tuple(recorder.constant(each) for each in kernel.constants)
+    if code is None:
+        return bound(replace(kernel, constants=symbols), None)
+    run: Any = recorder.function(code, len(kernel.inputs), kernel.outputs)
+    return bound(replace(kernel, constants=symbols), run)
+
+
+def _symbol(recorder: Recorder, label: str, value: Any) -> Any:
+    if isinstance(value, list):
+        return [recorder.input(Source(label, row), each) for row, each in enumerate(value)]
+    return recorder.input(Source(label), value)
+
+
+def _cut(recorder: Recorder, result: Any) -> tuple[Tape, _Returned]:
+    """The tape up to a result."""
+    leaves, tree = pytree.tree_flatten(result)
+    outputs: list[Symbol] = []
+    found: list[int | Source | None] = []
+    for leaf in leaves:
+        if leaf is None:
+            found.append(None)
+        elif not isinstance(leaf, Symbol):
+            raise UntapedError(f"a pass returns {type(leaf).__name__}")
+        elif leaf.place >= ELSEWHERE:
+            source = recorder.sources[leaf.place - ELSEWHERE]
+            if not isinstance(source, Source):
+                raise UntapedError("a pass returns a constant")
+            found.append(source)
+        else:
+            found.append(len(outputs))
+            outputs.append(leaf)
+    return recorder.cut(outputs), _Returned(tuple(found), tree)
+
+
+# -- playing ----------------------------------------------------------------------------------
+
+
+class Player:
+    """The passes of a program, played from tapes where that is possible."""
+
+    def __init__(
+        self,
+        load: Load,
+        kernels: Mapping[str, Kernel],
+        functions: Mapping[str, Callable[..., Any]],
+        codes: Mapping[str, NativeCode],
+        budget: int | None,
+    ) -> None:
+        """Record nothing yet.
+
+        Args:
+            load: Loads the program's module.
+            kernels: Its functions by name.
+            functions: What takes the place of the functions in the module.
+            codes: The machine code of those that compute anything.
+            budget: Bytes that a run may need; with one, nothing is kept between two runs.
+        """
+        self._load, self._kernels, self._codes, self._budget = load, kernels, codes, budget
+        self._module = load(functions)
+        self._tapes: Tapes | None = None
+        self._tried = False
+        self._spare: Tensor | None = None  # the arena of the run before, whose pages are warm
+
+    def passes(self) -> dict[str, Callable[..., Any]]:
+        """What takes the place of the module's own."""
+        found: dict[str, Callable[..., Any]] = {"adapt": self._adapt}
+        if hasattr(self._module, "backward"):
+            found["backward"] = self._backward
+        return found
+
+    def _adapt(self, inputs: Mapping[str, Any], seed: int) -> Any:
+        if not self._tried:
+            self._tried = True
+            self._tapes = self._recorded(inputs)
+        if self._tapes is None:
+            return self._module.adapt(inputs, seed)
+        size = self._tapes.recorder.arena.nbytes
+        arena, self._spare = self._spare, None
+        if arena is None:
+            arena = torch.empty(size, dtype=torch.uint8)
+        outputs = self._run(self._tapes.forward, inputs, arena)
+        kept = {}
+        if self._tapes.backward is not None:
+            kept[0] = Memory([arena])
+        else:
+            self._put_aside(arena)
+        return (*self._tapes.adapted.built(outputs, inputs), kept, [], {})
+
+    def _backward(
+        self, inputs: Mapping[str, Any], seed: int, kept: Any, cotangents: Any, totals: Any
+    ) -> Any:
+        memory = kept.get(0)
+        if not isinstance(memory, Memory):
+            return self._module.backward(inputs, seed, kept, cotangents, totals)
+        assert self._tapes is not None and self._tapes.backward is not None
+        assert self._tapes.gradients is not None
+        kept.clear()
+        (arena,) = memory
+        outputs = self._run(self._tapes.backward, inputs, arena)
+        self._put_aside(arena)
+        return self._tapes.gradients.built(outputs, inputs)
+
+    def _recorded(self, inputs: Mapping[str, Any]) -> Tapes | None:
+        try:
+            tapes = recorded(self._load, self._kernels, self._codes, inputs)
+        except UntapedError:
+            return None
+        return tapes if self._budget is None or tapes.nbytes <= self._budget else None
+
+    def _put_aside(self, arena: Tensor) -> None:
+        if self._budget is None:
+            self._spare = arena
+
+    def _run(self, tape: Tape, inputs: Mapping[str, Any], arena: Tensor) -> list[Tensor]:
+        assert self._tapes is not None
+        recorder = self._tapes.recorder
+        outputs = [each.empty() for each in tape.outputs]
+        scratch = torch.empty(recorder.scratch, dtype=torch.uint8)
+        bases = _addresses(recorder.sources[: tape.sources], inputs)
+        bases += [each.data_ptr() for each in outputs]
+        functions = (ctypes.c_int64 * len(recorder.functions))(*recorder.functions)
+        play = next(iter(self._codes.values())).player
+        addresses = (ctypes.c_void_p * len(bases))(*bases)
+        memory = [ctypes.c_void_p(each.data_ptr()) for each in (arena, scratch)]
+        words = ctypes.c_void_p(tape.words.buffer_info()[0])
+        said = ctypes.create_string_buffer(SAID)
+        for first, last in zip(tape.marks, tape.marks[1:], strict=False):
+            span = ctypes.c_int64(first), ctypes.c_int64(last)
+            if play(words, *span, functions, *memory, addresses, said):
+                raise RuntimeError(said.value.decode(errors="replace"))
+        return outputs
+
+
+def _addresses(sources: Sequence[Source | Tensor], inputs: Mapping[str, Any]) -> list[int]:
+    """Of inputs and constants."""
+    found = []
+    for source in sources:
+        if isinstance(source, Tensor):
+            found.append(source.data_ptr())
+            continue
+        value = inputs[source.label]
+        if source.row is None:
+            found.append(value.data_ptr())
+        elif isinstance(value, list):
+            found.append(value[source.row].data_ptr())
+        else:
+            found.append(value.data_ptr() + source.row * value.stride(0) * value.itemsize)
+    return found
+
+
+def _input(inputs: Mapping[str, Any], source: Source) -> Tensor:
+    value = inputs[source.label]
+    found: Tensor = value if source.row is None else value[source.row]
+    return found
