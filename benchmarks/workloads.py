@@ -195,7 +195,7 @@ WORKLOADS = {
     "mlp-long-1000": Workload(_mlp(32, 8), 1_000, ("64MiB",), 100),
     "mlp-long": Workload(_mlp(32, 8), 10_000, ("64MiB",), 100),
     "maml-conv4": Workload(_maml_conv4, 5, checked=2),
-    "gpt-sgd": Workload(_gpt(torch.optim.SGD, 0.1), 8, (None, "175MiB")),
+    "gpt-sgd": Workload(_gpt(torch.optim.SGD, 0.1), 8, (None, "150MiB")),
     "gpt-adam": Workload(_gpt(torch.optim.Adam, 1e-3), 8, (None, "210MiB")),
     "learned-opt": Workload(_learned_optimizer, 20),
     "densenet-lr": Workload(_densenet, 15, checked=2),

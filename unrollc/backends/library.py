@@ -85,9 +85,7 @@ def _dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def runner_of(
-    folder: Path, device: str, outputs: Sequence[Mapping[str, Any]]
-) -> Code:
+def runner_of(folder: Path, device: str, outputs: Sequence[Mapping[str, Any]]) -> Code:
     """The machine code in a folder.
 
     Args:

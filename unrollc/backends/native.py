@@ -12,13 +12,12 @@ which takes the addresses of inputs, outputs and scratch memory, allocates nothi
 and compiles in the time of its loops. Inductor's own C++ wrappers cost 4 to 5 s of compilation and
 a microsecond a tensor at each call.
 
-Run in the worker process; it imports torch alone.
+Run in the worker process; it imports nothing of the package.
 """
 
 from __future__ import annotations
 
 import ast
-import enum
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -27,22 +26,6 @@ from typing import Any, NoReturn
 
 #: Where buffers begin: at multiples of so many bytes.
 ALIGNED = 64
-
-#: Places on a tape: those from here on are bases, those before count the arena's bytes by `ALIGNED`.
-ELSEWHERE = 1 << 31
-
-
-class Opcode(enum.IntEnum):
-    """What stands on a tape besides functions."""
-
-    COPY = 0
-    ADD_FLOATS = 1
-    ADD_DOUBLES = 2
-    ZERO = 3
-
-
-#: The first word of a call on a tape is an opcode, or from here on a function's number.
-FUNCTIONS = 4
 
 #: C's names of dtypes, and their bytes.
 _TYPES = {
@@ -124,7 +107,6 @@ _HEAD = """\
 #include <cstdint>
 #include <cstring>
 #include <exception>
-#include <vector>
 
 extern "C" void sgemm_(const char*, const char*, const int*, const int*, const int*, const float*,
     const float*, const int*, const float*, const int*, const float*, float*, const int*);
@@ -213,8 +195,11 @@ class _Translation:
             case ast.Delete(targets=targets):
                 for each in targets:
                     self._delete(_named(each))
-            case ast.Expr(value=ast.Constant()) | ast.Expr(
-                value=ast.Call(func=ast.Attribute(value=ast.Name(id="args"), attr="clear"))
+            case (
+                ast.Expr(value=ast.Constant())
+                | ast.Expr(
+                    value=ast.Call(func=ast.Attribute(value=ast.Name(id="args"), attr="clear"))
+                )
             ):
                 pass
             case ast.Expr(value=ast.Call() as call):
@@ -233,10 +218,6 @@ class _Translation:
         return _ENTRY_TEXT.format(
             total=total,
             body="\n".join(f"        {line}" for line in body),
-            aligned=ALIGNED,
-            elsewhere=ELSEWHERE,
-            functions=FUNCTIONS,
-            **{each.name.lower(): each.value for each in Opcode},
         )
 
     # -- buffers ----------------------------------------------------------------------------------
@@ -280,9 +261,7 @@ class _Translation:
                 of = self._view(inner)
                 sizes = ast.literal_eval(shape), ast.literal_eval(stride)
                 # Offsets count from the first element of the buffer, as PyTorch's do.
-                return replace(
-                    of, offset=ast.literal_eval(offset), shape=sizes[0], stride=sizes[1]
-                )
+                return replace(of, offset=ast.literal_eval(offset), shape=sizes[0], stride=sizes[1])
         _refuse(node)
 
     def _return(self, values: list[View]) -> None:
@@ -345,9 +324,7 @@ def _expanded(view: View, shape: tuple[int, ...]) -> View:
     sizes, steps = (1,) * lead + view.shape, (0,) * lead + view.stride
     for size, wanted in zip(sizes, shape, strict=True):
         _require(size in (1, wanted), "a bias of another shape")
-    strides = [
-        0 if size == 1 else step for size, step in zip(sizes, steps, strict=True)
-    ]
+    strides = [0 if size == 1 else step for size, step in zip(sizes, steps, strict=True)]
     return replace(view, shape=shape, stride=tuple(strides))
 
 
@@ -493,48 +470,6 @@ extern "C" int unrollc_run(char* const* inputs, char* const* outputs, char* scra
         std::strncpy(said, error.what(), 255);
         said[255] = 0;
         return 1;
-    }}
-    return 0;
-}}
-
-template <typename T>
-static void unrollc_add(char* target, const char* other, int64_t count)
-{{
-    T* sum = reinterpret_cast<T*>(target);
-    const T* term = reinterpret_cast<const T*>(other);
-    for (int64_t i = 0; i < count; ++i) sum[i] += term[i];
-}}
-
-// Plays the words of a tape from `first` to `last`; `functions` has an address and the numbers of
-// inputs and outputs for each function. Returns as unrollc_run does.
-extern "C" int unrollc_play(const uint32_t* words, int64_t first, int64_t last,
-    const int64_t* functions, char* arena, char* scratch, char* const* bases, char* said)
-{{
-    using Function = int (*)(char* const*, char* const*, char*, char*);
-    std::vector<char*> found;
-    const auto place = [&](uint32_t word) {{
-        return word < {elsewhere}u ? arena + size_t(word) * {aligned} : bases[word - {elsewhere}u];
-    }};
-    for (const uint32_t* at = words + first; at < words + last;) {{
-        const uint32_t code = *at++;
-        if (code < {functions}) {{
-            const int64_t size = at[0];
-            char* const target = place(at[1]) + at[2];
-            const char* const other = place(at[3]) + at[4];
-            at += 5;
-            if (code == {copy}) std::memcpy(target, other, size);
-            else if (code == {add_floats}) unrollc_add<float>(target, other, size);
-            else if (code == {add_doubles}) unrollc_add<double>(target, other, size);
-            else std::memset(target, 0, size);
-            continue;
-        }}
-        const int64_t* const function = functions + 3 * (code - {functions});
-        const int64_t inputs = function[1], count = function[1] + function[2];
-        found.resize(count + 1);
-        for (int64_t i = 0; i < count; ++i) found[i] = place(at[i]);
-        at += count;
-        const auto run = reinterpret_cast<Function>(function[0]);
-        if (const int failed = run(found.data(), found.data() + inputs, scratch, said)) return failed;
     }}
     return 0;
 }}

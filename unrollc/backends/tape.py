@@ -27,7 +27,8 @@ from torch import Tensor
 
 from unrollc.backends.kernel import Spec
 from unrollc.backends.library import NativeCode
-from unrollc.backends.native import ALIGNED, ELSEWHERE, FUNCTIONS, Opcode
+from unrollc.backends.native import ALIGNED
+from unrollc.backends.player import ELSEWHERE, FUNCTIONS, Opcode
 
 
 class UntapedError(Exception):
@@ -307,9 +308,7 @@ _SUMS = {"torch.float32": Opcode.ADD_FLOATS, "torch.float64": Opcode.ADD_DOUBLES
 
 def spec_of(tensor: Tensor) -> Spec:
     """What is fixed of a tensor."""
-    return Spec(
-        tuple(tensor.shape), tuple(tensor.stride()), str(tensor.dtype), str(tensor.device)
-    )
+    return Spec(tuple(tensor.shape), tuple(tensor.stride()), str(tensor.dtype), str(tensor.device))
 
 
 def _place_elsewhere(number: int) -> int:

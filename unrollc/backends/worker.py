@@ -42,6 +42,7 @@ def _beside(name: str) -> ModuleType:
 
 native = _beside("native")
 library = _beside("library")
+player = _beside("player")
 spread = _beside("spread")
 
 #: What Inductor must not change, and what only costs time; all of it is part of a kernel's key.
@@ -153,8 +154,10 @@ def _compile_alone(
         raise native.UnsupportedError("not on a processor alone")
     chosen = {key: options[key] for key in options if not key.startswith("aot_")} | _ALONE
     with config.patch(chosen):
-        written = native.native(_written(module, kernel), kernel["inputs"], kernel["outputs"])
-        (build / "native.cpp").write_text(written, encoding="utf-8")
+        written = _written(module, kernel)
+        function = native.native(written, kernel["inputs"], kernel["outputs"])
+        text = f"{function}\n{player.player(native.ALIGNED)}"
+        (build / "native.cpp").write_text(text, encoding="utf-8")
         flags = CppTorchOptions(vec_isa=pick_vec_isa(), warning_all=False)
         builder = CppBuilder("native", str(build / "native.cpp"), flags, str(build))
         command = builder.get_command_line()

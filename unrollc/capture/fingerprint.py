@@ -22,6 +22,7 @@ from unrollc.capture.trees import attributes_of, is_plain_object
 
 _CONTAINERS = (tuple, list, set, frozenset, deque, dict)
 _SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+_PLAIN = frozenset({bool, int, float, str, type(None)})
 
 #: Containers and nested functions are followed to this depth, and up to this many items.
 _DEPTH = 4
@@ -128,6 +129,9 @@ class Fingerprint:
 
     def of(self, value: Any, depth: int = _DEPTH) -> Any:
         """The description of one value."""
+        kind = type(value)
+        if kind in _PLAIN:  # most values are: no other check takes as long as this one
+            return (kind.__name__, repr(value))
         if isinstance(value, Tensor) and is_traced(value):
             return ("traced", tuple(value.shape), value.dtype, value.device)
         if isinstance(value, _SIMPLE):

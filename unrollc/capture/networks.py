@@ -53,7 +53,13 @@ def networks_of(opt: torch.optim.Optimizer, prefix: str) -> dict[str, nn.Module]
     return {f"{label}.": module for label, module in found.items()}
 
 
+#: Types of most of what an optimizer holds; telling them apart is quicker than asking for modules.
+_PLAIN = frozenset({bool, float, int, str, type(None), Tensor})
+
+
 def _modules_in(value: Any, label: str) -> dict[str, nn.Module]:
+    if type(value) in _PLAIN:
+        return {}
     if isinstance(value, nn.Module):
         return {label: value}
     if isinstance(value, list | tuple):

@@ -254,10 +254,7 @@ def read_hyper(opt: torch.optim.Optimizer) -> dict[str, Tensor | PerStep]:
         for key, value in group.items():
             if key == "params" or value is None or isinstance(value, int | float | str):
                 continue
-            paths, _ = pytree.tree_flatten_with_path(
-                {key: value}, is_leaf=lambda leaf: isinstance(leaf, Tensor | PerStep)
-            )
-            for path, leaf in paths:
+            for path, leaf in _leaves(key, value):
                 if isinstance(leaf, Tensor | PerStep):
                     label = hyper_label(index, path)
                     if isinstance(leaf, Tensor) and leaf.numel() != 1:
@@ -269,3 +266,15 @@ def read_hyper(opt: torch.optim.Optimizer) -> dict[str, Tensor | PerStep]:
                         )
                     found[label] = leaf
     return found
+
+
+def _leaves(key: str, value: Any) -> list[tuple[Any, Any]]:
+    """The leaves of a param group's entry with their paths, which begin with its key."""
+    if isinstance(value, Tensor | PerStep):
+        return [((pytree.MappingKey(key),), value)]
+    if isinstance(value, tuple) and all(isinstance(each, float) for each in value):
+        return []  # betas, most often
+    paths, _ = pytree.tree_flatten_with_path(
+        {key: value}, is_leaf=lambda leaf: isinstance(leaf, Tensor | PerStep)
+    )
+    return paths

@@ -85,9 +85,7 @@ class Executor:
 
     def _as_generated(self) -> ModuleType:
         if self._generated is None:
-            self._generated = load(
-                self.lowered.generated, faster_products(), threads=self._threads
-            )
+            self._generated = load(self.lowered.generated, faster_products(), threads=self._threads)
         return self._generated
 
     def _begun(self) -> Compilation:

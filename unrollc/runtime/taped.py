@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from unrollc.backends.bind import bound
 from unrollc.backends.kernel import Kernel
 from unrollc.backends.library import SAID, NativeCode
-from unrollc.backends.native import ELSEWHERE
+from unrollc.backends.player import ELSEWHERE
 from unrollc.backends.tape import Recorder, Source, Symbol, Tape, UntapedError
 
 #: Loads a generated module with other functions in the place of its own.
@@ -27,7 +27,7 @@ Load = Callable[[Mapping[str, Callable[..., Any]]], ModuleType]
 
 
 class Memory(list[Tensor]):
-    """The arena of a run, which its backward pass overwrites; a copy is another arena."""
+    """The memory of a run, which its backward pass overwrites; a copy is other memory."""
 
     def copy(self) -> Memory:
         return Memory(each.clone() for each in self)
@@ -66,9 +66,9 @@ class Tapes:
 
     @property
     def nbytes(self) -> int:
-        """What a run needs: arena, scratch memory and tapes."""
+        """What they need beyond what the functions need that they call: arena and words."""
         tapes = [tape.nbytes for tape in (self.forward, self.backward) if tape is not None]
-        return self.recorder.arena.nbytes + self.recorder.scratch + sum(tapes)
+        return self.recorder.arena.nbytes + sum(tapes)
 
 
 def recorded(
@@ -89,9 +89,7 @@ def recorded(
         UntapedError: If the program does something that a tape cannot.
     """
     recorder = Recorder()
-    module = load(
-        {name: _recording(recorder, kernels[name], codes.get(name)) for name in kernels}
-    )
+    module = load({name: _recording(recorder, kernels[name], codes.get(name)) for name in kernels})
     symbols = {label: _symbol(recorder, label, value) for label, value in inputs.items()}
     *adapted, kept, cotangents, totals = module.adapt(symbols, 0)
     forward, returned = _cut(recorder, adapted)
@@ -180,10 +178,10 @@ class Player:
             self._tapes = self._recorded(inputs)
         if self._tapes is None:
             return self._module.adapt(inputs, seed)
-        size = self._tapes.recorder.arena.nbytes
+        recorder = self._tapes.recorder
         arena, self._spare = self._spare, None
         if arena is None:
-            arena = torch.empty(size, dtype=torch.uint8)
+            arena = torch.empty(recorder.arena.nbytes + recorder.scratch, dtype=torch.uint8)
         outputs = self._run(self._tapes.forward, inputs, arena)
         kept = {}
         if self._tapes.backward is not None:
@@ -214,20 +212,19 @@ class Player:
         return tapes if self._budget is None or tapes.nbytes <= self._budget else None
 
     def _put_aside(self, arena: Tensor) -> None:
-        if self._budget is None:
-            self._spare = arena
+        self._spare = arena
 
     def _run(self, tape: Tape, inputs: Mapping[str, Any], arena: Tensor) -> list[Tensor]:
         assert self._tapes is not None
         recorder = self._tapes.recorder
         outputs = [each.empty() for each in tape.outputs]
-        scratch = torch.empty(recorder.scratch, dtype=torch.uint8)
         bases = _addresses(recorder.sources[: tape.sources], inputs)
         bases += [each.data_ptr() for each in outputs]
         functions = (ctypes.c_int64 * len(recorder.functions))(*recorder.functions)
         play = next(iter(self._codes.values())).player
         addresses = (ctypes.c_void_p * len(bases))(*bases)
-        memory = [ctypes.c_void_p(each.data_ptr()) for each in (arena, scratch)]
+        begin = arena.data_ptr()
+        memory = ctypes.c_void_p(begin), ctypes.c_void_p(begin + recorder.arena.nbytes)
         words = ctypes.c_void_p(tape.words.buffer_info()[0])
         said = ctypes.create_string_buffer(SAID)
         for first, last in zip(tape.marks, tape.marks[1:], strict=False):
