@@ -157,13 +157,13 @@ class Player:
             kernels: Its functions by name.
             functions: What takes the place of the functions in the module.
             codes: The machine code of those that compute anything.
-            budget: Bytes that a run may need; with one, nothing is kept between two runs.
+            budget: Bytes that tapes may need.
         """
         self._load, self._kernels, self._codes, self._budget = load, kernels, codes, budget
         self._module = load(functions)
         self._tapes: Tapes | None = None
         self._tried = False
-        self._spare: Tensor | None = None  # the arena of the run before, whose pages are warm
+        self._spares: list[Tensor] = []  # the memory of the run before, whose pages are warm
 
     def passes(self) -> dict[str, Callable[..., Any]]:
         """What takes the place of the module's own."""
@@ -179,15 +179,16 @@ class Player:
         if self._tapes is None:
             return self._module.adapt(inputs, seed)
         recorder = self._tapes.recorder
-        arena, self._spare = self._spare, None
-        if arena is None:
+        try:
+            arena = self._spares.pop()  # at once: another thread may run the same program
+        except IndexError:
             arena = torch.empty(recorder.arena.nbytes + recorder.scratch, dtype=torch.uint8)
         outputs = self._run(self._tapes.forward, inputs, arena)
         kept = {}
         if self._tapes.backward is not None:
             kept[0] = Memory([arena])
         else:
-            self._put_aside(arena)
+            self._spares[:] = [arena]
         return (*self._tapes.adapted.built(outputs, inputs), kept, [], {})
 
     def _backward(
@@ -201,7 +202,7 @@ class Player:
         kept.clear()
         (arena,) = memory
         outputs = self._run(self._tapes.backward, inputs, arena)
-        self._put_aside(arena)
+        self._spares[:] = [arena]
         return self._tapes.gradients.built(outputs, inputs)
 
     def _recorded(self, inputs: Mapping[str, Any]) -> Tapes | None:
@@ -210,9 +211,6 @@ class Player:
         except UntapedError:
             return None
         return tapes if self._budget is None or tapes.nbytes <= self._budget else None
-
-    def _put_aside(self, arena: Tensor) -> None:
-        self._spare = arena
 
     def _run(self, tape: Tape, inputs: Mapping[str, Any], arena: Tensor) -> list[Tensor]:
         assert self._tapes is not None
