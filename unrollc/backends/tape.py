@@ -37,15 +37,20 @@ class UntapedError(Exception):
 
 @dataclass(frozen=True)
 class Source:
-    """An input of a program.
+    """Memory outside of the arena, one address or several in a row.
 
     Attributes:
-        label: Its label.
-        row: Which row, or which tensor of a list; None for all of it.
+        label: Of the input; None for a constant.
+        rows: How many rows of the input, or tensors of a list, have an address each; None where
+            it has one as a whole.
+        constant: The tensor that belongs to a function of the program.
+        first: The number of the first address.
     """
 
-    label: str
-    row: int | None = None
+    label: str | None
+    rows: int | None
+    constant: Tensor | None
+    first: int
 
 
 class Symbol:
@@ -112,17 +117,35 @@ class Symbol:
         raise UntapedError(f"Tensor.{name} has no place on a tape")
 
 
-class Elsewhere(Symbol):
-    """Stands for a tensor that is not in the arena."""
+class Given(Symbol):
+    """Stands for an input, or for a row of one.
 
-    def __init__(self, *args: Any, source: Source | Tensor, like: Tensor) -> None:
-        super().__init__(*args)
-        self._source, self._like = source, like
+    Attributes:
+        label: The input's.
+        row: Which row, or which tensor of a list; None for all of it.
+    """
+
+    def __init__(
+        self, recorder: Recorder, like: Tensor, place: int, label: str, row: int | None
+    ) -> None:
+        super().__init__(recorder, spec_of(like), place)
+        self.label, self.row = label, row
+        self._like = like
 
     def __getitem__(self, row: int) -> Symbol:
-        if not isinstance(self._source, Source) or self._source.row is not None:
-            raise UntapedError("a row of a constant, or of a row")
-        return self._recorder.input(Source(self._source.label, row), self._like[row])
+        if self.row is not None:
+            raise UntapedError("a row of a row")
+        return self._recorder.row(self.label, self._like, row)
+
+
+class GivenList:
+    """Stands for an input that is a list of tensors."""
+
+    def __init__(self, recorder: Recorder, label: str, like: Sequence[Tensor]) -> None:
+        self._recorder, self._label, self._like = recorder, label, like
+
+    def __getitem__(self, row: int) -> Symbol:
+        return self._recorder.row(self._label, self._like, row)
 
 
 class Arena:
@@ -174,13 +197,13 @@ class Tape:
     Attributes:
         words: What the machine code's player reads.
         marks: Words at which it may pause: the first, some on the way, and the end.
-        sources: How many of the recorder's sources it reads; outputs follow them.
+        sources: Inputs and constants, in the order of their addresses; those of outputs follow.
         outputs: What it hands out, each in memory of its own.
     """
 
     words: array[int]
     marks: tuple[int, ...]
-    sources: int
+    sources: tuple[Source, ...]
     outputs: tuple[Spec, ...]
 
     @property
@@ -192,7 +215,7 @@ class Tape:
 #: Calls between two pauses, in which Python may see an interrupt.
 _BETWEEN = 512
 
-#: Most bytes that one copy may move, and most bases of a tape: what fits into a word.
+#: Most bytes that one copy may move, and most addresses of a tape: what fits into a word.
 _MOST = ELSEWHERE - 1
 
 
@@ -202,28 +225,39 @@ class Recorder:
     Attributes:
         arena: The memory of what is computed.
         scratch: Bytes of scratch memory that the calls need.
-        sources: The memory that is not the arena's, in the order of the tape's bases: inputs, and
-            constants of the program's functions.
         functions: For each function its address and the numbers of its inputs and outputs.
     """
 
     def __init__(self) -> None:
         self.arena = Arena()
         self.scratch = 0
-        self.sources: list[Source | Tensor] = []
         self.functions: list[int] = []
-        self._numbers: dict[Source | int, int] = {}
+        self._known_sources: dict[object, Source] = {}
+        self._count = 0  # of addresses outside of the arena
         self._words = array("I")
         self._marks = [0]
         self._calls = 0
 
-    def input(self, source: Source, like: Tensor) -> Symbol:
-        """An input of the program, of which `like` is an example."""
-        return self._elsewhere(source, source, like)
+    def input(self, label: str, like: Any) -> Any:
+        """An input of the program.
+
+        Args:
+            label: Its label.
+            like: An example: a tensor, or a list of tensors.
+        """
+        if isinstance(like, list):
+            return GivenList(self, label, like)
+        place = self._addresses((label, False), label, None, None)
+        return Given(self, like, place, label, None)
+
+    def row(self, label: str, like: Any, row: int) -> Symbol:
+        """A row of an input, or a tensor of a list."""
+        place = self._addresses((label, True), label, len(like), None)
+        return Given(self, like[row], place + row, label, row)
 
     def constant(self, tensor: Tensor) -> Symbol:
         """A tensor that belongs to a function of the program."""
-        return self._elsewhere(id(tensor), tensor, tensor)
+        return Symbol(self, spec_of(tensor), self._addresses(id(tensor), None, None, tensor))
 
     def new(self, spec: Spec) -> Symbol:
         """Memory of the arena."""
@@ -265,12 +299,12 @@ class Recorder:
 
     def cut(self, results: Sequence[Symbol]) -> Tape:
         """The tape up to here, which ends by handing out `results`; what follows is another."""
-        first = len(self.sources)
+        sources = tuple(self._known_sources.values())
         for number, result in enumerate(results):
-            out = Symbol(self, result.spec, _place_elsewhere(first + number))
-            self.copy(out, result)
+            _check_number(self._count + number)
+            self.copy(Symbol(self, result.spec, ELSEWHERE + self._count + number), result)
         marks = tuple(dict.fromkeys([*self._marks, len(self._words)]))
-        tape = Tape(self._words, marks, first, tuple(each.spec for each in results))
+        tape = Tape(self._words, marks, sources, tuple(each.spec for each in results))
         self._words, self._marks = array("I"), [0]
         return tape
 
@@ -279,12 +313,16 @@ class Recorder:
             return value
         raise UntapedError(f"{type(value).__name__} has no place on a tape")
 
-    def _elsewhere(self, key: Source | int, source: Source | Tensor, like: Tensor) -> Symbol:
-        if key not in self._numbers:
-            self._numbers[key] = len(self.sources)
-            self.sources.append(source)
-        place = _place_elsewhere(self._numbers[key])
-        return Elsewhere(self, spec_of(like), place, source=source, like=like)
+    def _addresses(
+        self, key: object, label: str | None, rows: int | None, constant: Tensor | None
+    ) -> int:
+        """The place of the first address of a source."""
+        if key not in self._known_sources:
+            source = Source(label, rows, constant, self._count)
+            self._known_sources[key] = source
+            self._count += 1 if rows is None else rows
+            _check_number(self._count)
+        return ELSEWHERE + self._known_sources[key].first
 
     def _combine(self, code: Opcode, size: int, target: Symbol, other: Symbol) -> None:
         mine, its = target.spec, other.spec
@@ -311,10 +349,9 @@ def spec_of(tensor: Tensor) -> Spec:
     return Spec(tuple(tensor.shape), tuple(tensor.stride()), str(tensor.dtype), str(tensor.device))
 
 
-def _place_elsewhere(number: int) -> int:
+def _check_number(number: int) -> None:
     if number > _MOST:
-        raise UntapedError("more inputs than a word can count")
-    return ELSEWHERE + number
+        raise UntapedError("more addresses than a word can count")
 
 
 def _itemsize(dtype: str) -> int:

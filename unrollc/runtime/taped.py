@@ -20,7 +20,7 @@ from unrollc.backends.bind import bound
 from unrollc.backends.kernel import Kernel
 from unrollc.backends.library import SAID, NativeCode
 from unrollc.backends.player import ELSEWHERE
-from unrollc.backends.tape import Recorder, Source, Symbol, Tape, UntapedError
+from unrollc.backends.tape import Given, Recorder, Source, Symbol, Tape, UntapedError
 
 #: Loads a generated module with other functions in the place of its own.
 Load = Callable[[Mapping[str, Callable[..., Any]]], ModuleType]
@@ -35,14 +35,14 @@ class Memory(list[Tensor]):
 
 @dataclass(frozen=True)
 class _Returned:
-    """What a pass returns: a tree whose leaves are outputs of its tape, inputs, or None."""
+    """What a pass returns: a tree of outputs of its tape, inputs by label and row, and None."""
 
-    leaves: tuple[int | Source | None, ...]
+    leaves: tuple[int | tuple[str, int | None] | None, ...]
     tree: pytree.TreeSpec
 
     def built(self, outputs: list[Tensor], inputs: Mapping[str, Any]) -> Any:
         leaves = [
-            outputs[leaf] if isinstance(leaf, int) else leaf and _input(inputs, leaf)
+            outputs[leaf] if isinstance(leaf, int) else leaf and _input(inputs, *leaf)
             for leaf in self.leaves
         ]
         return pytree.tree_unflatten(leaves, self.tree)
@@ -90,7 +90,7 @@ def recorded(
     """
     recorder = Recorder()
     module = load({name: _recording(recorder, kernels[name], codes.get(name)) for name in kernels})
-    symbols = {label: _symbol(recorder, label, value) for label, value in inputs.items()}
+    symbols = {label: recorder.input(label, value) for label, value in inputs.items()}
     *adapted, kept, cotangents, totals = module.adapt(symbols, 0)
     forward, returned = _cut(recorder, adapted)
     del adapted
@@ -109,30 +109,21 @@ def _recording(recorder: Recorder, kernel: Kernel, code: NativeCode | None) -> C
     return bound(replace(kernel, constants=symbols), run)
 
 
-def _symbol(recorder: Recorder, label: str, value: Any) -> Any:
-    if isinstance(value, list):
-        return [recorder.input(Source(label, row), each) for row, each in enumerate(value)]
-    return recorder.input(Source(label), value)
-
-
 def _cut(recorder: Recorder, result: Any) -> tuple[Tape, _Returned]:
     """The tape up to a result."""
     leaves, tree = pytree.tree_flatten(result)
     outputs: list[Symbol] = []
-    found: list[int | Source | None] = []
+    found: list[int | tuple[str, int | None] | None] = []
     for leaf in leaves:
         if leaf is None:
             found.append(None)
-        elif not isinstance(leaf, Symbol):
-            raise UntapedError(f"a pass returns {type(leaf).__name__}")
-        elif leaf.place >= ELSEWHERE:
-            source = recorder.sources[leaf.place - ELSEWHERE]
-            if not isinstance(source, Source):
-                raise UntapedError("a pass returns a constant")
-            found.append(source)
-        else:
+        elif isinstance(leaf, Given):
+            found.append((leaf.label, leaf.row))
+        elif isinstance(leaf, Symbol) and leaf.place < ELSEWHERE:
             found.append(len(outputs))
             outputs.append(leaf)
+        else:
+            raise UntapedError(f"a pass returns {leaf}")
     return recorder.cut(outputs), _Returned(tuple(found), tree)
 
 
@@ -216,7 +207,7 @@ class Player:
         assert self._tapes is not None
         recorder = self._tapes.recorder
         outputs = [each.empty() for each in tape.outputs]
-        bases = _addresses(recorder.sources[: tape.sources], inputs)
+        bases = _addresses(tape.sources, inputs)
         bases += [each.data_ptr() for each in outputs]
         functions = (ctypes.c_int64 * len(recorder.functions))(*recorder.functions)
         play = next(iter(self._codes.values())).player
@@ -232,24 +223,26 @@ class Player:
         return outputs
 
 
-def _addresses(sources: Sequence[Source | Tensor], inputs: Mapping[str, Any]) -> list[int]:
+def _addresses(sources: Sequence[Source], inputs: Mapping[str, Any]) -> list[int]:
     """Of inputs and constants."""
-    found = []
+    found: list[int] = []
     for source in sources:
-        if isinstance(source, Tensor):
-            found.append(source.data_ptr())
+        if source.constant is not None:
+            found.append(source.constant.data_ptr())
             continue
+        assert source.label is not None
         value = inputs[source.label]
-        if source.row is None:
+        if source.rows is None:
             found.append(value.data_ptr())
         elif isinstance(value, list):
-            found.append(value[source.row].data_ptr())
+            found += [each.data_ptr() for each in value]
         else:
-            found.append(value.data_ptr() + source.row * value.stride(0) * value.itemsize)
+            first, step = value.data_ptr(), value.stride(0) * value.itemsize
+            found += [first + row * step for row in range(source.rows)]
     return found
 
 
-def _input(inputs: Mapping[str, Any], source: Source) -> Tensor:
-    value = inputs[source.label]
-    found: Tensor = value if source.row is None else value[source.row]
+def _input(inputs: Mapping[str, Any], label: str, row: int | None) -> Tensor:
+    value = inputs[label]
+    found: Tensor = value if row is None else value[row]
     return found
