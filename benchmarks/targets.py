@@ -66,7 +66,8 @@ def _gpt(workload: str) -> list[Target]:
     ]
 
 
-_LONG = "64MiB"
+#: A budget counts tensors; resident memory, which the target is about, has some MiB besides.
+_LONG = "56MiB"
 
 TARGETS = (
     Target("mlp-small", "run time", 0.5, "JAX"),

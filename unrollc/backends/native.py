@@ -12,7 +12,7 @@ which takes the addresses of inputs, outputs and scratch memory, allocates nothi
 and compiles in the time of its loops. Inductor's own C++ wrappers cost 4 to 5 s of compilation and
 a microsecond a tensor at each call.
 
-Run in the worker process; it imports nothing of the package.
+Run in the worker process; it imports nothing but the modules beside it.
 """
 
 from __future__ import annotations
@@ -21,64 +21,23 @@ import ast
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from math import prod
 from typing import Any, NoReturn
+
+from .views import (
+    PLACE,
+    PRODUCTS,
+    TYPES,
+    UnsupportedError,
+    View,
+    address,
+    copied,
+    expanded,
+    product,
+    same,
+)
 
 #: Where buffers begin: at multiples of so many bytes.
 ALIGNED = 64
-
-#: C's names of dtypes, and their bytes.
-_TYPES = {
-    "float32": ("float", 4),
-    "float64": ("double", 8),
-    "int64": ("int64_t", 8),
-    "int32": ("int32_t", 4),
-    "int16": ("int16_t", 2),
-    "int8": ("int8_t", 1),
-    "uint8": ("uint8_t", 1),
-    "bool": ("bool", 1),
-}
-
-#: BLAS's matrix product of a dtype.
-_PRODUCTS = {"float32": "sgemm_", "float64": "dgemm_"}
-
-
-class UnsupportedError(Exception):
-    """A wrapper does something that has no counterpart here."""
-
-
-@dataclass(frozen=True)
-class View:
-    """Elements of a buffer.
-
-    Attributes:
-        buffer: Its name: that of an input, or of the statement that allocates it.
-        offset: The first element's, in elements of `dtype`.
-        shape, stride: As PyTorch's.
-        dtype: Its name.
-    """
-
-    buffer: str
-    offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: str
-
-    @property
-    def dense(self) -> bool:
-        """Whether it is all of a buffer without gaps, in some order of its axes."""
-        return not self.offset and _extent(self.shape, self.stride) == prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Of a buffer that holds it."""
-        return _extent(self.shape, self.stride) * _TYPES[self.dtype][1]
-
-
-def _extent(shape: Sequence[int], stride: Sequence[int]) -> int:
-    if not prod(shape):
-        return 0
-    return 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
 
 
 def native(source: str, inputs: Sequence[Any], outputs: Sequence[Any]) -> str:
@@ -214,7 +173,7 @@ class _Translation:
         places, total = placed(self._sizes, self._born, self._dies)
         for buffer, offset in places.items():
             self._places[buffer] = f"(scratch + {offset})"
-        body = [_PLACE.sub(lambda found: self._places[found[1]], line) for line in self._lines]
+        body = [PLACE.sub(lambda found: self._places[found[1]], line) for line in self._lines]
         return _ENTRY_TEXT.format(
             total=total,
             body="\n".join(f"        {line}" for line in body),
@@ -226,7 +185,7 @@ class _Translation:
         _require(len(names) == len(self._inputs), "another number of inputs")
         for place, (name, given) in enumerate(zip(names, self._inputs, strict=True)):
             dtype = given["dtype"].removeprefix("torch.")
-            _require(dtype in _TYPES, dtype)
+            _require(dtype in TYPES, dtype)
             shape, stride = tuple(given["shape"]), tuple(given["stride"])
             self._views[name] = View(name, 0, shape, stride, dtype)
             self._places[name] = f"inputs[{place}]"
@@ -234,7 +193,7 @@ class _Translation:
     def _assign(self, name: str, value: ast.expr) -> None:
         match value:
             case ast.Call(func=ast.Name(id="empty_strided_cpu"), args=[shape, stride, dtype]):
-                _require(isinstance(dtype, ast.Attribute) and dtype.attr in _TYPES, "dtype")
+                _require(isinstance(dtype, ast.Attribute) and dtype.attr in TYPES, "dtype")
                 assert isinstance(dtype, ast.Attribute)
                 sizes = ast.literal_eval(shape), ast.literal_eval(stride)
                 view = View(name, 0, *sizes, dtype.attr)
@@ -270,13 +229,13 @@ class _Translation:
             spec = View(f"output {place}", 0, tuple(wanted["shape"]), tuple(wanted["stride"]), "")
             spec = replace(spec, dtype=wanted["dtype"].removeprefix("torch."))
             _require((view.shape, view.dtype) == (spec.shape, spec.dtype), "another output")
-            own = view.dense and _same(view, spec) and self._sizes.get(view.buffer) == spec.nbytes
+            own = view.dense and same(view, spec) and self._sizes.get(view.buffer) == spec.nbytes
             if own and view.buffer not in self._places:
                 self._places[view.buffer] = f"outputs[{place}]"
                 del self._sizes[view.buffer]
             else:
                 self._places[spec.buffer] = f"outputs[{place}]"
-                self._lines += _copied(view, spec)
+                self._lines += copied(view, spec)
 
     # -- calls ------------------------------------------------------------------------------------
 
@@ -294,7 +253,7 @@ class _Translation:
         given = []
         for kind, argument in zip(types, arguments, strict=True):
             if kind.endswith("*"):
-                given.append(_address(self._view(argument), kind))
+                given.append(address(self._view(argument), kind))
             else:
                 given.append(f"static_cast<{kind}>({ast.literal_eval(argument)})")
         return f"{name}({', '.join(given)});"
@@ -305,10 +264,10 @@ class _Translation:
         out = self._view(options.pop("out"))
         alpha = ast.literal_eval(options.pop("alpha", ast.Constant(1)))
         beta = ast.literal_eval(options.pop("beta", ast.Constant(1 if bias else 0)))
-        _require(not options and out.dtype in _PRODUCTS, "a product of another kind")
+        _require(not options and out.dtype in PRODUCTS, "a product of another kind")
         lines = []
         if bias:
-            lines += _copied(_expanded(bias[0], out.shape), out)
+            lines += copied(expanded(bias[0], out.shape), out)
         return [*lines, product(left, right, out, alpha, beta)]
 
 
@@ -316,110 +275,6 @@ def _named(node: ast.expr) -> str:
     if isinstance(node, ast.Name):
         return node.id
     _refuse(node)
-
-
-def _expanded(view: View, shape: tuple[int, ...]) -> View:
-    """It, broadcast to a shape."""
-    lead = len(shape) - len(view.shape)
-    sizes, steps = (1,) * lead + view.shape, (0,) * lead + view.stride
-    for size, wanted in zip(sizes, shape, strict=True):
-        _require(size in (1, wanted), "a bias of another shape")
-    strides = [0 if size == 1 else step for size, step in zip(sizes, steps, strict=True)]
-    return replace(view, shape=shape, stride=tuple(strides))
-
-
-def _same(one: View, other: View) -> bool:
-    """Whether two views of one shape step through memory in the same way."""
-    return all(
-        size == 1 or mine == its
-        for size, mine, its in zip(one.shape, one.stride, other.stride, strict=True)
-    )
-
-
-#: The place of a buffer, before it is known.
-_PLACE = re.compile(r"<([^<>]+)>\+")
-
-
-def _address(view: View, kind: str) -> str:
-    offset = f" + {view.offset}" if view.offset else ""
-    return f"(({kind})<{view.buffer}>+{offset})"
-
-
-def _copied(source: View, target: View) -> list[str]:
-    """Loops that copy one view into another of the same shape, as many elements at once as can be.
-
-    Source and target do not overlap.
-    """
-    kind, size = _TYPES[target.dtype]
-    axes = [axis for axis, length in enumerate(target.shape) if length != 1]
-    axes.sort(key=lambda axis: -target.stride[axis])
-    together = 1
-    while axes and target.stride[axes[-1]] == source.stride[axes[-1]] == together:
-        together *= target.shape[axes.pop()]
-    loops = "".join(
-        f"for (int64_t i{axis} = 0; i{axis} < {target.shape[axis]}; ++i{axis}) " for axis in axes
-    )
-    places = [
-        f"({' + '.join([address, *(f'i{axis} * {view.stride[axis]}' for axis in axes)])})"
-        for view, address in (
-            (target, _address(target, f"{kind}*")),
-            (source, _address(source, f"const {kind}*")),
-        )
-    ]
-    if together == 1:
-        return [f"{loops}*{places[0]} = *{places[1]};"]
-    return [f"{loops}std::memcpy({places[0]}, {places[1]}, {together * size});"]
-
-
-def product(left: View, right: View, out: View, alpha: float, beta: float) -> str:
-    """BLAS's call for ``out = alpha * left @ right + beta * out``.
-
-    BLAS stores matrices column by column. A row-major result is the column-major one of the
-    transposed product: ``out.T = right.T @ left.T``.
-
-    Args:
-        left, right, out: Views of shapes [m, k], [k, n] and [m, n].
-        alpha, beta: The factors.
-
-    Raises:
-        UnsupportedError: If a matrix has no axis along which its elements are neighbours.
-    """
-    by_columns, leading = _stored(out)
-    if not by_columns:
-        left, right = _transposed(right), _transposed(left)
-        out = _transposed(out)
-    operands = []
-    for view in (left, right):
-        columns, step = _stored(view)
-        operands.append(("N" if columns else "T", step, view))
-    (a, lda, first), (b, ldb, second) = operands
-    (m, n), k = out.shape, left.shape[1]
-    kind = _TYPES[out.dtype][0]
-    return (
-        f"{{ const int m = {m}, n = {n}, k = {k}, lda = {lda}, ldb = {ldb}, ldc = {leading}; "
-        f"const {kind} alpha = {float(alpha)!r}, beta = {float(beta)!r}; "
-        f'{_PRODUCTS[out.dtype]}("{a}", "{b}", &m, &n, &k, &alpha, '
-        f"{_address(first, f'const {kind}*')}, &lda, {_address(second, f'const {kind}*')}, &ldb, "
-        f"&beta, {_address(out, f'{kind}*')}, &ldc); }}"
-    )
-
-
-def _transposed(view: View) -> View:
-    return replace(view, shape=view.shape[::-1], stride=view.stride[::-1])
-
-
-def _stored(view: View) -> tuple[bool, int]:
-    """Whether a matrix is stored column by column, and how far its columns (or rows) are apart."""
-    (rows, columns), (down, right) = view.shape, view.stride
-    if rows == 1 or down == 1:
-        step = right if columns > 1 else rows
-        if step >= max(rows, 1) and (rows == 1 or down == 1):
-            return True, max(step, 1)
-    if columns == 1 or right == 1:
-        step = down if rows > 1 else columns
-        if step >= max(columns, 1):
-            return False, max(step, 1)
-    raise UnsupportedError(f"a matrix with the strides {view.stride}")
 
 
 # -- scratch memory ---------------------------------------------------------------------------

@@ -206,11 +206,6 @@ class Tape:
     sources: tuple[Source, ...]
     outputs: tuple[Spec, ...]
 
-    @property
-    def nbytes(self) -> int:
-        """Of the words."""
-        return len(self.words) * self.words.itemsize
-
 
 #: Calls between two pauses, in which Python may see an interrupt.
 _BETWEEN = 512

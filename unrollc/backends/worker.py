@@ -12,7 +12,7 @@ convolutions and other ops that PyTorch's library runs, is left to Inductor's ow
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import importlib
 import json
 import operator
 import os
@@ -29,21 +29,24 @@ from typing import Any
 
 
 def _beside(name: str) -> ModuleType:
-    """A module of this folder, without the package: importing that takes longer than a kernel."""
-    full = f"{__spec__.parent if __spec__ else ''}.{name}".lstrip(".")
-    if full in sys.modules:
-        return sys.modules[full]
-    spec = importlib.util.spec_from_file_location(full, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[full] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """A module of this folder.
+
+    Where this file runs as a program, that is without the package: to import that takes longer
+    than a kernel does.
+    """
+    package = __package__
+    if not package:
+        package = "unrollc_worker"
+        folder = sys.modules.setdefault(package, ModuleType(package))
+        folder.__path__ = [str(Path(__file__).parent)]
+    return importlib.import_module(f"{package}.{name}")
 
 
-native = _beside("native")
 library = _beside("library")
+native = _beside("native")
 player = _beside("player")
 spread = _beside("spread")
+views = _beside("views")
 
 #: What Inductor must not change, and what only costs time; all of it is part of a kernel's key.
 SETTINGS: dict[str, Any] = {
@@ -111,7 +114,7 @@ def _compile(home: Path, build: Path, kernel: dict[str, Any], settings: dict[str
     with torch.no_grad():
         try:
             _compile_alone(home, build, kernel, module, options)
-        except native.UnsupportedError:
+        except views.UnsupportedError:
             _compile_wrapped(home, build, module, examples, options)
         shutil.rmtree(build)
         run = library.runner_of(home, kernel["device"], kernel["outputs"])
@@ -151,7 +154,7 @@ def _compile_alone(
 
     specs = [*kernel["inputs"], *kernel["outputs"]]
     if any(spec["device"] != "cpu" for spec in specs) or _WRAPPED.search(kernel["text"]):
-        raise native.UnsupportedError("not on a processor alone")
+        raise views.UnsupportedError("not on a processor alone")
     chosen = {key: options[key] for key in options if not key.startswith("aot_")} | _ALONE
     with config.patch(chosen):
         written = _written(module, kernel)

@@ -64,12 +64,6 @@ class Tapes:
     backward: Tape | None
     gradients: _Returned | None
 
-    @property
-    def nbytes(self) -> int:
-        """What they need beyond what the functions need that they call: arena and words."""
-        tapes = [tape.nbytes for tape in (self.forward, self.backward) if tape is not None]
-        return self.recorder.arena.nbytes + sum(tapes)
-
 
 def recorded(
     load: Load,
@@ -148,7 +142,7 @@ class Player:
             kernels: Its functions by name.
             functions: What takes the place of the functions in the module.
             codes: The machine code of those that compute anything.
-            budget: Bytes that tapes may need.
+            budget: Bytes that the arena may have.
         """
         self._load, self._kernels, self._codes, self._budget = load, kernels, codes, budget
         self._module = load(functions)
@@ -201,7 +195,8 @@ class Player:
             tapes = recorded(self._load, self._kernels, self._codes, inputs)
         except UntapedError:
             return None
-        return tapes if self._budget is None or tapes.nbytes <= self._budget else None
+        fits = self._budget is None or tapes.recorder.arena.nbytes <= self._budget
+        return tapes if fits else None
 
     def _run(self, tape: Tape, inputs: Mapping[str, Any], arena: Tensor) -> list[Tensor]:
         assert self._tapes is not None
