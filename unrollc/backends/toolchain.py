@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from unrollc.backends import library, native, player, spread, views, worker
+from unrollc.backends import library, native, player, spread, verify, views, worker
 from unrollc.backends.kernel import Kernel
 from unrollc.errors import BackendError
 
@@ -89,7 +89,7 @@ def key_of(kernel: Kernel, threads: int, tools: Toolchain) -> str:
 
 
 #: The modules that decide what machine code is made of a kernel.
-_MAKERS = (worker, native, views, player, spread, library)
+_MAKERS = (worker, native, views, player, spread, library, verify)
 
 
 def _devices(kernel: Kernel) -> set[str]:

@@ -7,14 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from unrollc.backends.worker import (
-    DisagreementError,
-    _exactly,
-    _module,
-    _random,
-    _verify,
-    agree,
-)
+from unrollc.backends.verify import DisagreementError, _exactly, _random, agree, verify
+from unrollc.backends.worker import _module
 
 #: A step of SGD on a linear layer: what Inductor has got wrong before.
 SCALED = """
@@ -63,7 +57,7 @@ WRONG: dict[str, Callable[..., Tensor]] = {
 @pytest.mark.parametrize("how", WRONG)
 def test_wrong_code_is_found_out(how: str, dtype: torch.dtype) -> None:
     with pytest.raises(DisagreementError, match="result 0"):
-        _verify(_module(SCALED, 3), lambda inputs: [WRONG[how](*inputs)], examples(dtype))
+        verify(_module(SCALED, 3), lambda inputs: [WRONG[how](*inputs)], examples(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -72,7 +66,7 @@ def test_another_order_of_sums_is_no_difference(dtype: torch.dtype) -> None:
         v0, v1, v2 = inputs
         return [v0 - 0.1 * (v1.flip(1) @ v2.flip(0))]
 
-    _verify(_module(SCALED, 3), reordered, examples(dtype))
+    verify(_module(SCALED, 3), reordered, examples(dtype))
 
 
 COPIES = """
@@ -93,12 +87,12 @@ def compute(call, v0, ):
 )
 def test_memory_that_results_should_not_share_is_found_out(run: Any) -> None:
     with pytest.raises(DisagreementError, match="share memory"):
-        _verify(_module(COPIES, 1), run, examples(torch.float32)[:1])
+        verify(_module(COPIES, 1), run, examples(torch.float32)[:1])
 
 
 def test_memory_of_their_own_passes() -> None:
     kernel = _module(COPIES, 1)
-    _verify(kernel, lambda inputs: [t.clone() for t in inputs * 2], examples(torch.float32)[:1])
+    verify(kernel, lambda inputs: [t.clone() for t in inputs * 2], examples(torch.float32)[:1])
 
 
 def test_noise_that_is_blown_up_is_no_difference() -> None:
@@ -106,7 +100,7 @@ def test_noise_that_is_blown_up_is_no_difference() -> None:
         total = (inputs[1] - inputs[1].flip(0).mean(0)).flip(0).sum(0)
         return [total / total.abs()]
 
-    _verify(_module(ILL_CONDITIONED, 3), reordered, examples(torch.float32))
+    verify(_module(ILL_CONDITIONED, 3), reordered, examples(torch.float32))
 
 
 #: The gradient of a bias that a normalisation takes away again: zero on paper, for any input.
@@ -129,13 +123,13 @@ def naive(inputs: Any) -> Tensor:
 
 def test_what_cancels_out_on_paper_is_no_difference() -> None:
     many = [torch.empty(6, 5), torch.empty(600, 8), torch.empty(8, 5)]
-    _verify(_module(CANCELLED, 3), lambda inputs: [naive(inputs)], many)
+    verify(_module(CANCELLED, 3), lambda inputs: [naive(inputs)], many)
 
 
 def test_what_should_cancel_out_and_does_not_is_found_out() -> None:
     many = [torch.empty(6, 5), torch.empty(600, 8), torch.empty(8, 5)]
     with pytest.raises(DisagreementError, match="result 0"):
-        _verify(_module(CANCELLED, 3), lambda inputs: [naive(inputs) + 0.01], many)
+        verify(_module(CANCELLED, 3), lambda inputs: [naive(inputs) + 0.01], many)
 
 
 def test_integers_are_compared_exactly() -> None:
