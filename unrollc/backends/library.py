@@ -53,7 +53,7 @@ class NativeCode:
         """What the kernel returns.
 
         Raises:
-            RuntimeError: If an index is out of bounds.
+            IndexError: If an index in the data is out of bounds.
         """
         results = [
             torch.empty_strided(shape, stride, dtype=dtype)
@@ -65,8 +65,19 @@ class NativeCode:
             _addresses(inputs), _addresses(results), ctypes.c_void_p(scratch.data_ptr()), said
         )
         if failed:
-            raise RuntimeError(said.value.decode(errors="replace"))
+            raise error_of(said.value)
         return results
+
+
+def error_of(said: bytes) -> Exception:
+    """The error that a C function has ended with."""
+    text = said.decode(errors="replace")
+    _, bounds, where = text.partition("index out of bounds")
+    if bounds:  # what stands before it is a place in a file that is gone
+        return IndexError(
+            f'an index in the data is out of bounds{where}; backend="aten" names the op'
+        )
+    return RuntimeError(text)
 
 
 def _address(function: Any) -> int:

@@ -88,6 +88,8 @@ class _Loops:
 #: The threads of a parallel loop: as many as it was compiled for, or as torch has when it runs.
 _THREADS = re.compile(r"num_threads\((\d+)\)")
 
+_PRAGMA = re.compile(r"^\s*#pragma omp .*$", re.MULTILINE)
+
 _SIGNATURE = re.compile(r'extern "C"\s+void\s+kernel\(')
 
 
@@ -105,6 +107,8 @@ def _loops(module: ast.Module) -> dict[str, _Loops]:
                 body, count = _SIGNATURE.subn(f"static void {name}(", text)
                 body = _THREADS.sub(r"num_threads(std::min(\1, omp_get_max_threads()))", body)
                 _require(count == 1, "loops of another form")
+                if "TORCH_CHECK" in body:  # an exception must not leave a parallel region
+                    body = _PRAGMA.sub("", body)
                 found[name] = _Loops(tuple(ast.literal_eval(each) for each in types), body)
     return found
 
@@ -219,8 +223,8 @@ class _Translation:
             ):
                 of = self._view(inner)
                 sizes = ast.literal_eval(shape), ast.literal_eval(stride)
-                # Offsets count from the first element of the buffer, as PyTorch's do.
-                return replace(of, offset=ast.literal_eval(offset), shape=sizes[0], stride=sizes[1])
+                begin = of.offset + ast.literal_eval(offset)
+                return replace(of, offset=begin, shape=sizes[0], stride=sizes[1])
         _refuse(node)
 
     def _return(self, values: list[View]) -> None:

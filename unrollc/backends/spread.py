@@ -124,7 +124,8 @@ def _sizes(pieces: Sequence[fx.Node]) -> list[int]:
 
 def _is_worth_it(node: fx.Node) -> bool:
     value = _value(node)
-    return value.ndim == 1 and value.numel() >= _FEWEST and len(node.args) == 1
+    alike = all(_value(each).dtype is value.dtype for each in node.all_input_nodes)
+    return alike and value.ndim == 1 and value.numel() >= _FEWEST and len(node.args) == 1
 
 
 def _is_pointwise(node: fx.Node) -> bool:

@@ -83,8 +83,10 @@ class Symbol:
         like = torch.empty(sizes, dtype=dtype, device="meta")
         return self._recorder.new(Spec(sizes, like.stride(), str(dtype), self.spec.device))
 
-    def __getitem__(self, row: int) -> Symbol:
+    def __getitem__(self, row: Any) -> Symbol:
         spec = self.spec
+        if not isinstance(row, int) or not spec.shape or not 0 <= row < spec.shape[0]:
+            raise UntapedError(f"[{row}] has no place on a tape")
         part = Spec(spec.shape[1:], spec.stride[1:], spec.dtype, spec.device)
         step = spec.stride[0] * _itemsize(spec.dtype)
         return Symbol(self._recorder, part, self.place, self.offset + row * step, self)
@@ -115,6 +117,17 @@ class Symbol:
 
     def __getattr__(self, name: str) -> Any:
         raise UntapedError(f"Tensor.{name} has no place on a tape")
+
+
+def _untaped(name: str) -> Callable[..., Any]:
+    def method(self: Symbol, *args: Any) -> Any:
+        raise UntapedError(f"{name} has no place on a tape")
+
+    return method
+
+
+for _name in ("radd", "sub", "rsub", "mul", "rmul", "truediv", "neg", "iter", "len", "bool"):
+    setattr(Symbol, f"__{_name}__", _untaped(_name))
 
 
 class Given(Symbol):
@@ -256,7 +269,9 @@ class Recorder:
 
     def new(self, spec: Spec) -> Symbol:
         """Memory of the arena."""
-        return Symbol(self, spec, self.arena.take(_nbytes(spec)) // ALIGNED)
+        place = self.arena.take(_nbytes(spec)) // ALIGNED
+        _check_number(place)
+        return Symbol(self, spec, place)
 
     def function(
         self, code: NativeCode, inputs: int, outputs: Sequence[Spec]
@@ -346,7 +361,7 @@ def spec_of(tensor: Tensor) -> Spec:
 
 def _check_number(number: int) -> None:
     if number > _MOST:
-        raise UntapedError("more addresses than a word can count")
+        raise UntapedError("more places than a word can count")
 
 
 def _itemsize(dtype: str) -> int:

@@ -27,10 +27,17 @@ from unrollc.step import STATE_ROLES, Role
 def last_state(lowered: Lowered, run: Run) -> dict[Key, Tensor]:
     """The last state as the user knows it; nothing of it is a tensor of the user's."""
     last = lowered.pieces.steps[lowered.pieces.sequence[-1]]
-    owned = {id(t) for t in pytree.tree_leaves(dict(run.inputs)) if isinstance(t, Tensor)}
+    leaves = pytree.tree_leaves(dict(run.inputs))
+    owned = {_storage(t) for t in leaves if isinstance(t, Tensor)}
     values = [value for value, _ in last.outputs_with(*STATE_ROLES)]
-    own = [t.detach().clone() if id(t) in owned else t for t in run.state]
+    own = [t.detach().clone() if _storage(t) in owned else t for t in run.state]
     return lowered.packing.unpacked(values, own)
+
+
+def _storage(tensor: Tensor) -> int:
+    """What tells whose memory it is; a row of a batch is the batch's."""
+    storage: int = tensor.untyped_storage()._cdata
+    return storage
 
 
 def result_of(

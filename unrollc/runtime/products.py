@@ -60,7 +60,7 @@ def _addmm(addend: Tensor, left: Tensor, right: Tensor, **scales: Any) -> Tensor
     if scales or not _suits(left, right) or addend.dtype is not torch.float32:
         return aten.addmm.default(addend, left, right, **scales)  # type: ignore[no-any-return]
     columns = right.t()
-    if addend.shape == columns.shape[:1]:
+    if addend.shape == columns.shape[:1] and addend.stride(0) == 1:  # oneDNN reads no strides
         return _linear()(left, columns, addend, "none", [], "")  # type: ignore[no-any-return]
     if addend.shape == (left.shape[0], columns.shape[0]):
         binary = torch.ops.mkldnn._linear_pointwise.binary
@@ -81,4 +81,12 @@ def _suits(left: Tensor, right: Tensor) -> bool:
         and left.dtype is torch.float32
         and left.device.type == "cpu"
         and (left.stride(1) == 1 or columns >= _COLUMNS)
+        and _is_stored_plainly(left)
+        and _is_stored_plainly(right)
     )
+
+
+def _is_stored_plainly(matrix: Tensor) -> bool:
+    """Whether its rows, or its columns, lie in memory one behind the other."""
+    (rows, columns), (down, right) = matrix.shape, matrix.stride()
+    return (right == 1 and down >= columns) or (down == 1 and right >= rows)

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from unrollc.backends.bind import bound
 from unrollc.backends.kernel import Kernel
-from unrollc.backends.library import SAID, NativeCode
+from unrollc.backends.library import SAID, NativeCode, error_of
 from unrollc.backends.player import ELSEWHERE
 from unrollc.backends.tape import Given, Recorder, Source, Symbol, Tape, UntapedError
 
@@ -214,7 +214,7 @@ class Player:
         for first, last in zip(tape.marks, tape.marks[1:], strict=False):
             span = ctypes.c_int64(first), ctypes.c_int64(last)
             if play(words, *span, functions, *memory, addresses, said):
-                raise RuntimeError(said.value.decode(errors="replace"))
+                raise error_of(said.value)
         return outputs
 
 
