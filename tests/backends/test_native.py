@@ -85,10 +85,6 @@ def product_of(*operands: Tensor, out: Tensor, alpha: float = 1, beta: float = 1
     out.copy_(result + beta * bias[0] if bias else result)
 
 
-def reinterpreted(tensor: Tensor, shape: Any, stride: Any, offset: int) -> Tensor:
-    return torch.as_strided(tensor, shape, stride, offset)
-
-
 def in_python(source: str, given: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """What a wrapper returns when it runs as it is."""
     loops = re.findall(r"^(\w+) = async_compile.*?'''\)$", source, re.MULTILINE | re.DOTALL)
@@ -96,7 +92,7 @@ def in_python(source: str, given: Sequence[Tensor]) -> tuple[Tensor, ...]:
         "torch": torch,
         "async_compile": SimpleNamespace(cpp_pybinding=lambda types, text: None),
         "extern_kernels": SimpleNamespace(mm=product_of, addmm=product_of),
-        "reinterpret_tensor": reinterpreted,
+        "reinterpret_tensor": torch._C._dynamo.guards._reinterpret_tensor,
         "empty_strided_cpu": lambda shape, stride, dtype: tensor(
             {"shape": shape, "stride": stride, "dtype": str(dtype)}
         ),
@@ -187,6 +183,21 @@ cpp_double(arg0_1, buf0, 5)
 return (reinterpret_tensor(buf0, (2, ), (1, ), 3), reinterpret_tensor(arg0_1, (), (), 4), arg0_1, )
 """
 
+#: A part of a part, which alone keeps the buffer while another is written.
+NESTED = """
+buf0 = empty_strided_cpu((6, ), (1, ), torch.float32)
+cpp_double(arg0_1, buf0, 6)
+buf1 = reinterpret_tensor(buf0, (5, ), (1, ), 1); del buf0  # reuse
+buf2 = reinterpret_tensor(buf1, (3, ), (1, ), 2); del buf1  # reuse
+buf3 = empty_strided_cpu((6, ), (1, ), torch.float32)
+cpp_double(arg0_1, buf3, 6)
+cpp_increase(buf3)
+buf4 = empty_strided_cpu((6, ), (1, ), torch.float32)
+cpp_double(buf3, buf4, 6)
+del buf3
+return (buf2, buf4, )
+"""
+
 REFUSED_INDEX = """
 buf0 = empty_strided_cpu((2, 3), (3, 1), torch.float32)
 cpp_double(arg0_1, buf0, 6)
@@ -208,6 +219,7 @@ CASES: dict[str, Case] = {
         [spec(2, 3)],
         [spec(3, 2, stride=(1, 3)), *[spec(2, 3)] * 2, spec(2, 2, stride=(1, 2)), spec(2, 3)],
     ),
+    "nested": (wrapper(NESTED, 1), [spec(6)], [spec(3), spec(6)]),
     "parts": (
         wrapper(PARTS, 1),
         [spec(2, 3)],
@@ -312,7 +324,8 @@ REFUSED = {
     "a condition": f"{ALLOCATED}\nif True: pass\nreturn (buf0, )",
     "an assertion": "assert_size_stride(arg0_1, (2, 2), (2, 1))\nreturn (arg0_1, )",
     "several names": "buf0, buf1 = torch.ops.aten.sort.default(arg0_1)\nreturn (buf0, )",
-    "another library": f"{ALLOCATED}\nextern_kernels.bmm(arg0_1, arg0_1, out=buf0)\nreturn (buf0, )",
+    "another product": f"{ALLOCATED}\nextern_kernels.bmm(arg0_1, arg0_1, out=buf0)\n"
+    "return (buf0, )",
     "another op": "buf0 = torch.ops.aten.exp.default(arg0_1)\nreturn (buf0, )",
     "a value": "buf0 = extern_kernels.mm(arg0_1, arg0_1)\nreturn (buf0, )",
     "an option": f"{ALLOCATED}\nextern_kernels.mm(arg0_1, arg0_1, out_dtype=1, out=buf0)\n"

@@ -260,8 +260,8 @@ class _Translation:
             ):
                 of = self._view(inner)
                 sizes = ast.literal_eval(shape), ast.literal_eval(stride)
-                # Offsets count from the first element of the buffer, as PyTorch's do.
-                return replace(of, offset=ast.literal_eval(offset), shape=sizes[0], stride=sizes[1])
+                first = of.offset + ast.literal_eval(offset)  # counted from that of `inner`
+                return replace(of, offset=first, shape=sizes[0], stride=sizes[1])
         _refuse(node)
 
     def _return(self, values: list[View]) -> None:
