@@ -189,6 +189,7 @@ buf0 = empty_strided_cpu((6, ), (1, ), torch.float32)
 cpp_double(arg0_1, buf0, 6)
 buf1 = reinterpret_tensor(buf0, (5, ), (1, ), 1); del buf0  # reuse
 buf2 = reinterpret_tensor(buf1, (3, ), (1, ), 2); del buf1  # reuse
+cpp_double(buf2, buf2, 3)
 buf3 = empty_strided_cpu((6, ), (1, ), torch.float32)
 cpp_double(arg0_1, buf3, 6)
 cpp_increase(buf3)
