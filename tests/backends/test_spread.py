@@ -1,4 +1,4 @@
-"""Ops on concatenated vectors, piece by piece: the same numbers to the last bit, and less memory."""
+"""Ops on concatenated vectors, piece by piece: the same numbers to the last bit, fewer copies."""
 
 import random
 from collections import Counter
