@@ -1,4 +1,4 @@
-"""Tapes: memory that is taken and given back, what is written down, and the player that reads it."""
+"""Tapes: memory that is taken and given back, what is written, and the player that reads it."""
 
 import ctypes
 import gc
@@ -118,6 +118,7 @@ def test_memory_of_a_symbol_goes_with_its_last_part() -> None:
     del row
     gc.collect()
     assert recorder.new(spec(1)).place == 0
+    assert recorder.new(spec(4, 3, 32))[2][1].offset == 4 * (2 * 3 * 32 + 32)
 
 
 def test_memory_elsewhere_is_not_the_arenas() -> None:
@@ -160,6 +161,11 @@ def sum_with_gaps(recorder: Recorder) -> Any:
     return recorder.new(spec(3, 2)).add_(gaps)
 
 
+def sum_of_what_has_gaps(recorder: Recorder) -> Any:
+    gaps = recorder.input(Source("data"), torch.zeros(3, 4)[:, :2])
+    return gaps.add_(gaps)
+
+
 def sum_in_another_order(recorder: Recorder) -> Any:
     turned = recorder.input(Source("data"), torch.zeros(2, 3).t())
     return recorder.new(spec(3, 2)) + turned
@@ -175,6 +181,7 @@ REFUSED: dict[str, Callable[[Recorder], Any]] = {
     "a sum of two dtypes": lambda r: r.new(spec(2)) + r.new(spec(2, dtype=torch.float64)),
     "a sum in another order": sum_in_another_order,
     "a sum with gaps": sum_with_gaps,
+    "a sum of what has gaps": sum_of_what_has_gaps,
     "a part for a function": part_for_a_function,
     "a row of a constant": row_of_a_constant,
     "a row of a row": row_of_a_row,
@@ -272,7 +279,7 @@ def program(seed: int, inputs: Any, difference: Any, halves: Any, length: int = 
     kept = vectors[0].new_empty((length, 8), dtype=torch.float64)
     for number in range(length):
         one, other = draw.choice(vectors), draw.choice(vectors)
-        kind = draw.randrange(6)
+        kind = draw.randrange(7)
         if kind == 0:
             vectors += difference([one, other])
         elif kind == 1:
@@ -286,6 +293,8 @@ def program(seed: int, inputs: Any, difference: Any, halves: Any, length: int = 
             vectors.append(total.add_(one).add_(other))
         elif kind == 4 and len(vectors) > 6:
             vectors.pop(draw.randrange(4, len(vectors)))
+        elif kind == 5 and number:
+            vectors.append(one + kept[draw.randrange(number)])
         else:
             floats[-1].add_(inputs["float"])
         kept[number] = one
@@ -337,6 +346,7 @@ def test_a_second_tape_goes_on_in_the_memory_of_the_first(library: ctypes.CDLL) 
     forward = played.recorder.cut([first])
     second, _ = halves([first])
     backward = played.recorder.cut([second])
+    assert len(backward.words) == len(forward.words) and backward.words is not forward.words
     arena = played.memory()
     assert torch.equal(played.play(forward, arena, [given])[0], given / 2)
     assert torch.equal(played.play(backward, arena, [given])[0], given / 4)
