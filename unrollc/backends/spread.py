@@ -123,6 +123,7 @@ def _sizes(pieces: Sequence[fx.Node]) -> list[int]:
 
 
 def _is_worth_it(node: fx.Node) -> bool:
+    """Whether it is a long vector whose pieces have its dtype."""
     value = _value(node)
     alike = all(_value(each).dtype is value.dtype for each in node.all_input_nodes)
     return alike and value.ndim == 1 and value.numel() >= _FEWEST and len(node.args) == 1
