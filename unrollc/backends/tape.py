@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import bisect
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -218,6 +218,24 @@ class Tape:
     marks: tuple[int, ...]
     sources: tuple[Source, ...]
     outputs: tuple[Spec, ...]
+
+    def addresses(self, inputs: Mapping[str, Any]) -> list[int]:
+        """Of its sources, for the inputs of a run."""
+        found: list[int] = []
+        for source in self.sources:
+            if source.constant is not None:
+                found.append(source.constant.data_ptr())
+                continue
+            assert source.label is not None
+            value = inputs[source.label]
+            if source.rows is None:
+                found.append(value.data_ptr())
+            elif isinstance(value, list):
+                found += [each.data_ptr() for each in value]
+            else:
+                first, step = value.data_ptr(), value.stride(0) * value.itemsize
+                found += [first + row * step for row in range(source.rows)]
+        return found
 
 
 #: Calls between two pauses, in which Python may see an interrupt.

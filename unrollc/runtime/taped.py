@@ -7,7 +7,7 @@ program itself; whatever schedule they follow is what the tapes follow. See `bac
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
@@ -20,7 +20,7 @@ from unrollc.backends.bind import bound
 from unrollc.backends.kernel import Kernel
 from unrollc.backends.library import SAID, NativeCode, error_of
 from unrollc.backends.player import ELSEWHERE
-from unrollc.backends.tape import Given, Recorder, Source, Symbol, Tape, UntapedError
+from unrollc.backends.tape import Given, Recorder, Symbol, Tape, UntapedError
 
 #: Loads a generated module with other functions in the place of its own.
 Load = Callable[[Mapping[str, Callable[..., Any]]], ModuleType]
@@ -202,7 +202,7 @@ class Player:
         assert self._tapes is not None
         recorder = self._tapes.recorder
         outputs = [each.empty() for each in tape.outputs]
-        bases = _addresses(tape.sources, inputs)
+        bases = tape.addresses(inputs)
         bases += [each.data_ptr() for each in outputs]
         functions = (ctypes.c_int64 * len(recorder.functions))(*recorder.functions)
         play = next(iter(self._codes.values())).player
@@ -216,25 +216,6 @@ class Player:
             if play(words, *span, functions, *memory, addresses, said):
                 raise error_of(said.value)
         return outputs
-
-
-def _addresses(sources: Sequence[Source], inputs: Mapping[str, Any]) -> list[int]:
-    """Of inputs and constants."""
-    found: list[int] = []
-    for source in sources:
-        if source.constant is not None:
-            found.append(source.constant.data_ptr())
-            continue
-        assert source.label is not None
-        value = inputs[source.label]
-        if source.rows is None:
-            found.append(value.data_ptr())
-        elif isinstance(value, list):
-            found += [each.data_ptr() for each in value]
-        else:
-            first, step = value.data_ptr(), value.stride(0) * value.itemsize
-            found += [first + row * step for row in range(source.rows)]
-    return found
 
 
 def _input(inputs: Mapping[str, Any], label: str, row: int | None) -> Tensor:
