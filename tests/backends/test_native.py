@@ -316,6 +316,12 @@ def test_parallel_loops_take_no_more_threads_than_there_are() -> None:
     assert "num_threads(std::min(3, omp_get_max_threads()))" in text
 
 
+def test_loops_that_may_raise_are_not_parallel() -> None:
+    """An exception that leaves a parallel region ends the process."""
+    checked = LOOPS.replace("{\n", "{\n#pragma omp parallel num_threads(3)\nTORCH_CHECK(true);\n")
+    assert "#pragma" not in native(wrapper(REUSED, 1, checked), *CASES["reused"][1:])
+
+
 # -- refusals ---------------------------------------------------------------------------------
 
 ALLOCATED = "buf0 = empty_strided_cpu((2, 2), (2, 1), torch.float32)"

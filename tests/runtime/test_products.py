@@ -66,6 +66,8 @@ SIZES = ((128, 128, 128), (130, 200, 131), (2000, 1000, 1), (1, 2000, 1000))
 ADDENDS: dict[str, Callable[[int, int], Tensor]] = {
     "none": lambda m, n: torch.zeros(()),
     "bias": lambda m, n: torch.randn(n),
+    "bias with gaps": lambda m, n: torch.randn(n, 2)[:, 1],
+    "bias of one number": lambda m, n: torch.randn(()).expand(n),
     "matrix": lambda m, n: torch.randn(m, n),
     "matrix by columns": lambda m, n: torch.randn(n, m).t(),
     "row": lambda m, n: torch.randn(1, n),

@@ -124,3 +124,29 @@ def test_an_empty_directory_is_none(tmp_path: Any) -> None:
     opt = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(unrollc.InputError, match="spill is empty"):
         unrollc.compile(model, opt, F.cross_entropy, spill="")
+
+
+class Remembering(nn.Module):
+    """Keeps the last batch in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 2)
+        self.register_buffer("last", torch.zeros(3, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.last.copy_(x)
+        return self.linear(x)
+
+
+def test_a_batch_that_ends_in_a_buffer_stays_the_users() -> None:
+    torch.manual_seed(0)
+    model = Remembering()
+    inputs, target = torch.randn(T, 3, 4), torch.randn(T, 3, 2)
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    program = unrollc.compile(model, opt, F.mse_loss)
+    before = inputs.clone()
+    result = program((inputs, target), (inputs[0], target[0]))
+    assert torch.equal(result.buffers["last"], inputs[-1])
+    result.buffers["last"].zero_()
+    assert torch.equal(inputs, before)
