@@ -82,6 +82,10 @@ class Worker:
         """One call, and waiting for what is compiled in the background."""
         self._ask(limit, do="settle")
 
+    def profile(self) -> dict[str, float]:
+        """One call: seconds by part; for ours."""
+        return self._ask(None, do="profile")["profile"]  # type: ignore[no-any-return]
+
     def save(self, path: pathlib.Path, limit: float | None = None) -> list[float]:
         """One call: its gradients go to a file, the losses come back."""
         return self._ask(limit, do="save", path=str(path))["losses"]  # type: ignore[no-any-return]

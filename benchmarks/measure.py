@@ -116,13 +116,22 @@ def _check(entries: dict[Job, dict[str, Any]], settings: Settings, cache: pathli
 
 
 def _first(job: Job, cache: pathlib.Path, limit: float) -> dict[str, Any]:
-    """Facts, memory, and what to compute the cold compile time from."""
+    """Facts, memory, and what to compute the cold compile time from.
+
+    What compiles in the background is compiled before memory is measured, in another process: the
+    first call of that one runs what every later call runs.
+    """
     with serving(job, cache) as worker:
         facts = worker.prepare(limit)
-        memory = worker.memory()
-        worker.settle()  # so that the next process finds all of it
-    cold = facts.pop("seconds") + memory["seconds"]
-    return {**facts, "resident": memory["resident"], "cold": cold}
+        cold = facts.pop("seconds")
+        if not facts.pop("settles"):
+            memory = worker.memory()
+            return {**facts, "resident": memory["resident"], "cold": cold + memory["seconds"]}
+        cold += worker.call()[0]
+        worker.settle()
+    with serving(job, cache) as worker:
+        worker.prepare(limit)
+        return {**facts, "resident": worker.memory()["resident"], "cold": cold}
 
 
 def _time(
@@ -147,6 +156,8 @@ def _time(
                     entry["seconds"] += _turn(workers[job], expected[job])
                     expected[job] = statistics.median(entry["seconds"])
         for job, entry in _sound(entries):
+            if entry["peer"] == OURS:
+                entry["profile"] = workers[job].profile()
             median = statistics.median(entry["seconds"])
             for key in ("cold", "warm"):
                 entry[key] = round(max(0.0, entry[key] - median), 3)

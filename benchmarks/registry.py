@@ -66,7 +66,8 @@ def _program(backend: str) -> Make:
             "operations": plan.cost.operations * len(problem.tasks),
             "repeated": plan.schedule.recomputed,
         }
-        return Prepared(call, lambda: _gradients(problem), facts, program.finish_compiling)
+        settle = None if backend == "aten" else program.finish_compiling
+        return Prepared(call, lambda: _gradients(problem), facts, settle)
 
     return make
 

@@ -11,7 +11,16 @@ import sys
 
 from machine import QUIET
 from registry import FLOOR
-from results import Results, best, best_peer, label, median, ours, workloads_of
+from results import (
+    Results,
+    arithmetic_floor,
+    best,
+    best_peer,
+    label,
+    median,
+    ours,
+    workloads_of,
+)
 from tables import HEADS, markdown, milliseconds, reasons, rows_of
 from targets import TARGETS, Finding, judged
 
@@ -34,7 +43,8 @@ it; `python benchmarks/report.py` writes the page from `benchmarks/results.json`
 * *cold* is what compiling takes in a process that finds its caches empty, *warm* in the next one:
   preparation, and what the first call takes beyond the median one.
 * *products* is the arithmetic floor: the operations of our plan's matrix products and
-  convolutions, at the rate of a large matrix product measured in the same run.
+  convolutions, at the rate of a large matrix product measured in the same run, by the faster of
+  PyTorch's libraries for that.
 * A peer has several rows where its documentation recommends several ways; the fastest counts.
   `nhwc` has images and convolutions in `torch.channels_last`; `checkpoint` is `jax.checkpoint` on
   the body of the scan; `fused` are torchopt's C++ operators of Adam; torch.compile compiles the
@@ -54,6 +64,8 @@ def page_of(results: Results) -> str:
         _overview(results),
         "## Targets",
         _targets(results),
+        "## Where the time goes",
+        _profiles(results),
         "## How it is measured",
         _HOW.rstrip(),
     ]
@@ -104,6 +116,31 @@ def _targets(results: Results) -> str:
     text = f"{met} met, {missed} missed, {rest} without a measurement, of {len(findings)}."
     heads = ("workload and target", "measured", "met", "rows")
     return f"{text}\n\n{markdown(heads, [_target_row(finding) for finding in findings])}"
+
+
+def _profiles(results: Results) -> str:
+    rows = [
+        [
+            f"{entry['workload']}: {label(entry)}",
+            milliseconds(median(entry)),
+            "" if (floor := arithmetic_floor(results, entry)) is None else milliseconds(floor),
+            *("" if not value else milliseconds(value) for value in entry["profile"].values()),
+        ]
+        for workload in workloads_of(results)
+        for entry in ours(results, workload)
+        if "profile" in entry
+    ]
+    parts = ("products", "convolutions", "other ops", "machine code", "rest")
+    heads = ("row", "ms a call", "floor", *parts)
+    return f"{_PARTS}\n\n{markdown(heads, rows)}"
+
+
+_PARTS = """\
+Milliseconds of one more call, under PyTorch's profiler, which takes time itself where ops are many
+and small: matrix products, convolutions and other ops that are called one by one; compiled
+functions with the products in them; and the rest: Python, autograd, and compiled functions that
+have Inductor's own wrapper. *floor* is the time of the plan's products and convolutions at the rate
+of a large matrix product."""
 
 
 def _target_row(finding: Finding) -> list[str]:

@@ -1,9 +1,9 @@
 """One implementation of one workload in a process of its own, which does what it is told.
 
 Requests and replies are JSON, one a line. The first request says what to prepare; then follow
-``call``, ``memory``, ``settle`` and ``save``, in any order. Whatever libraries print goes to the
-standard error. Thread pools, allocators and caches of an implementation live here and touch no
-other.
+``call``, ``memory``, ``settle``, ``profile`` and ``save``, in any order. Whatever libraries print
+goes to the standard error. Thread pools, allocators and caches of an implementation live here and
+touch no other.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ def prepare(request: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         for leaf in problem.leaves.values():
             leaf.grad = None
 
-    reply = {"seconds": seconds, "threads": torch.get_num_threads(), **prepared.facts}
+    settles = prepared.settle is not None
+    facts = {"threads": torch.get_num_threads(), "settles": settles, **prepared.facts}
+    reply = {"seconds": seconds, **facts}
     return (prepared, clean), reply
 
 
@@ -59,6 +61,11 @@ def answer(state: tuple[Any, Callable[[], None]], request: dict[str, Any]) -> di
             prepared.call()
             prepared.settle()
         return {}
+    if request["do"] == "profile":
+        from breakdown import breakdown
+
+        clean()
+        return {"profile": breakdown(prepared.call)}
     assert request["do"] == "save", request
     import torch
 

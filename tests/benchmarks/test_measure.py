@@ -27,6 +27,10 @@ def test_a_workload_is_checked_and_measured() -> None:
         assert entry["resident"] > 0 and entry["cold"] >= 0 and entry["warm"] >= 0
         assert entry["agreement"]["worst"] <= 1e-8 and entry["steps"] == 2
     assert entries[0]["predicted"] > 0 and entries[0]["operations"] > 0
+    parts = entries[0]["profile"]
+    assert parts["products"] > 0 and parts["other ops"] > 0 and parts["rest"] > 0
+    assert parts["convolutions"] == parts["machine code"] == 0
+    assert all("profile" not in entry for entry in entries[1:])
 
 
 def test_what_cannot_be_done_is_written_down_with_its_reason() -> None:

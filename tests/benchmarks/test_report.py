@@ -35,6 +35,9 @@ def entry(
     }
 
 
+PROFILE = {"products": 0.1, "convolutions": 0.0, "other ops": 0.04, "rest": 0.06}
+
+
 def small() -> dict[str, Any]:
     return {
         "machine": {
@@ -47,7 +50,7 @@ def small() -> dict[str, Any]:
         },
         "runs": {"today": {"gemm_rate": 1e9, "load": 0.5}},
         "entries": [
-            entry("unrollc aten", "unrollc", [0.1, 0.2, 0.3], operations=10**8),
+            entry("unrollc aten", "unrollc", [0.1, 0.2, 0.3], operations=10**8, profile=PROFILE),
             entry("higher", "higher", [0.9, 1.0, 1.2], agreement={"worst": 2e-15, "steps": 2}),
             entry("jax", "JAX", [0.5, 0.5, 0.5]),
             entry("jax checkpoint", "JAX", [0.4, 0.4, 0.4], resident=2**22),
@@ -67,6 +70,11 @@ def test_a_busy_machine_is_named_on_the_page() -> None:
     busy = small()
     busy["runs"]["today"]["load"] = 3.0
     assert "was busy" in page_of(busy) and "was busy" not in page_of(small())
+
+
+def test_the_page_says_where_the_time_goes() -> None:
+    page = page_of(small()).splitlines()
+    assert "| mlp-small: unrollc aten | 200 | 100 | 100 |  | 40 | 60 |" in page
 
 
 def test_a_changed_number_is_told_apart() -> None:
