@@ -108,7 +108,9 @@ def _accelerator(name: str) -> list[str]:
 def environment(inherited: Mapping[str, str], paths: list[str]) -> dict[str, str]:
     """Variables of a worker process: those of this one without what would change its output."""
     kept = {key: value for key, value in inherited.items() if not key.startswith(_SETTINGS)}
-    return {**kept, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+    path = os.pathsep.join(each for each in paths if each)
+    # Workers check kernels side by side: threads that spin while they wait hold each other up.
+    return {"OMP_WAIT_POLICY": "passive", **kept, "PYTHONPATH": path}
 
 
 #: How the names of variables begin from which Inductor takes settings.

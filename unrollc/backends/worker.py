@@ -79,9 +79,13 @@ def main(folder: Path) -> None:
 def _compile_all(folder: Path, job: dict[str, Any], scratch: Path) -> None:
     warnings.simplefilter("ignore")  # of Inductor's about itself
     parent = os.getppid()
+    hurried = True
     for name, kernel in job["kernels"].items():
         if os.getppid() != parent:
             return  # nobody waits any more
+        if hurried and not kernel["awaited"]:
+            hurried = False
+            _give_way()
         home = folder / name
         home.mkdir()
         try:
@@ -90,6 +94,12 @@ def _compile_all(folder: Path, job: dict[str, Any], scratch: Path) -> None:
             (home / "error").write_text(_said(error), encoding="utf-8")
         else:
             (home / "done").touch()
+
+
+def _give_way() -> None:
+    """From here on, the process that waited for the first kernels computes."""
+    if hasattr(os, "nice"):
+        os.nice(10)
 
 
 def _compile(home: Path, build: Path, kernel: dict[str, Any], settings: dict[str, Any]) -> None:
