@@ -192,11 +192,11 @@ def test_a_damaged_kernel_is_compiled_again_and_never_loaded(
 ) -> None:
     """Loading what is left of a library would end the process."""
     cache = open_cache()
-    found = [path for path in kernels.iterdir() if (path / "kernel.so").exists()]
-    victim = min(found, key=lambda path: (path / "kernel.so").stat().st_size)
-    content = (victim / "kernel.so").read_bytes()
-    (victim / "kernel.so").unlink()  # this process has mapped the file itself
-    (victim / "kernel.so").write_bytes(content[:5000])
+    found = [path for path in kernels.iterdir() if (path / "native.so").exists()]
+    victim = min(found, key=lambda path: (path / "native.so").stat().st_size)
+    content = (victim / "native.so").read_bytes()
+    (victim / "native.so").unlink()  # this process has mapped the file itself
+    (victim / "native.so").write_bytes(content[:5000])
     counted = Counted(monkeypatch)
     ours = run("inductor")
     ours[2].finish_compiling()

@@ -73,7 +73,9 @@ def _linear() -> Any:
 
 
 def _suits(left: Tensor, right: Tensor) -> bool:
-    """Whether oneDNN multiplies two matrices, and faster."""
+    """Whether oneDNN multiplies two matrices, and faster; errors are aten's to raise."""
+    if left.dim() != 2 or right.dim() != 2 or left.shape[1] != right.shape[0]:
+        return False
     rows, inner = left.shape
     columns = right.shape[1]
     return (
