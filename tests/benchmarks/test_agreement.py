@@ -55,8 +55,8 @@ def test_verdicts() -> None:
 
 
 def test_jobs_are_compared_in_float64_with_room_for_it() -> None:
-    lean = in_float64(Job("gpt-sgd", "unrollc aten", "150MiB"))
-    assert (lean.budget, lean.steps, lean.dtype) == ("300MiB", 8, "float64")
+    lean = in_float64(Job("gpt-sgd", "unrollc aten", "140MiB"))
+    assert (lean.budget, lean.steps, lean.dtype) == ("280MiB", 8, "float64")
     assert in_float64(Job("mlp-long", "jax")).steps == 100
     assert in_float64(Job("mlp-long", "torch.compile")).steps == 2
     assert in_float64(Job("mlp-long", "jax", steps=3)).steps == 3
