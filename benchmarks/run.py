@@ -38,6 +38,7 @@ def merged(old: Results | None, new: Results) -> Results:
         for entry in (old["entries"] if old is not None and same else [])
         if _key(entry) not in replaced
         and entry["workload"] in order
+        and entry["budget"] in (None, *WORKLOADS[entry["workload"]].budgets)
         and entry["implementation"] in rank
     ]
     entries = [*kept, *new["entries"]]

@@ -196,7 +196,7 @@ WORKLOADS = {
     "mlp-long": Workload(_mlp(32, 8), 10_000, ("56MiB",), 100),
     "maml-conv4": Workload(_maml_conv4, 5, checked=2),
     "gpt-sgd": Workload(_gpt(torch.optim.SGD, 0.1), 8, (None, "140MiB")),
-    "gpt-adam": Workload(_gpt(torch.optim.Adam, 1e-3), 8, (None, "255MiB")),
+    "gpt-adam": Workload(_gpt(torch.optim.Adam, 1e-3), 8, (None, "285MiB")),
     "learned-opt": Workload(_learned_optimizer, 20, (None, "75MiB")),
     "densenet-lr": Workload(_densenet, 15, ("400MiB",), 2),
     "distill": Workload(_distill, 20),
