@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from unrollc.capture.faking import asked
+from unrollc.optimize.rewriting import call
 from unrollc.step import DERIVED
 
 aten = torch.ops.aten
@@ -39,7 +39,7 @@ def expand_late(graph: fx.Graph) -> bool:
         if math.prod(own) >= math.prod(shape) or any(v.dim() == 0 for v in (*operands, *wide)):
             continue
         with graph.inserting_before(node):
-            made = _call(graph, node, node.target, *narrow, **node.kwargs)
+            made = call(graph, node, node.target, *narrow, **node.kwargs)
         _replace(graph, node, aten.expand.default, made, list(shape))
         changed = True
     return changed
@@ -120,7 +120,7 @@ def add_transposed(graph: fx.Graph) -> bool:
             if first.meta["val"].dim() != second.meta["val"].dim():
                 continue  # a row is no column
             with graph.inserting_before(node):
-                total = _call(graph, node, aten.add.Tensor, a, b, **node.kwargs)
+                total = call(graph, node, aten.add.Tensor, a, b, **node.kwargs)
             _replace(graph, node, aten.t.default, total)
             changed = True
     return changed
@@ -258,9 +258,9 @@ def _projected(
     """Replace nodes by results of one op."""
     first = pairs[0][0]
     with graph.inserting_before(first):
-        several = _call(graph, first, target, *args)
+        several = call(graph, first, target, *args)
         parts = {
-            index: _call(graph, first, operator.getitem, several, index)
+            index: call(graph, first, operator.getitem, several, index)
             for index in dict.fromkeys(index for _, index in pairs)
         }
     for node, index in pairs:
@@ -285,23 +285,9 @@ def _both_ways(node: fx.Node) -> list[tuple[fx.Node, Any]]:
 
 def _replace(graph: fx.Graph, node: fx.Node, target: Any, *args: Any, **kwargs: Any) -> None:
     with graph.inserting_before(node):
-        made = _call(graph, node, target, *args, **kwargs)
+        made = call(graph, node, target, *args, **kwargs)
     node.replace_all_uses_with(made)
     graph.erase_node(node)
-
-
-def _call(graph: fx.Graph, like: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-    """A new op with the metadata of `like` and a value of its own."""
-    node = graph.call_function(target, args, kwargs)
-    node.meta = dict(like.meta)
-    values, named = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-    if target is operator.getitem:
-        node.meta["val"] = values[0][values[1]]
-        return node
-    mode = next(n.meta["val"].fake_mode for n in node.all_input_nodes)
-    with torch.no_grad(), mode:
-        node.meta["val"] = asked(target, values, named)
-    return node
 
 
 #: The passes, in order.

@@ -15,13 +15,13 @@ zero either way. Pooling's backward pass reads no values of its operand, only it
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
+from unrollc.optimize.rewriting import call
 from unrollc.step import StepGraph, build, copy
 
 aten = torch.ops.aten
@@ -103,32 +103,18 @@ def _rectifies(node: fx.Node, gradient: fx.Node, result: fx.Node) -> bool:
 def _turn_round(graph: fx.Graph, match: _Match) -> None:
     (x,) = match.relu.args
     with graph.inserting_before(match.pool):
-        pool = _call(graph, match.pool, match.pool.target, x, *match.pool.args[1:])
-        value = _call(graph, match.pool, operator.getitem, pool, 0)
-        place = _call(graph, match.pool, operator.getitem, pool, 1)
-        rectified = _call(graph, match.relu, aten.relu.default, value)
+        pool = call(graph, match.pool, match.pool.target, x, *match.pool.args[1:])
+        value = call(graph, match.pool, operator.getitem, pool, 0)
+        place = call(graph, match.pool, operator.getitem, pool, 1)
+        rectified = call(graph, match.relu, aten.relu.default, value)
     for old, new in [*((p, rectified) for p in match.pooled), *((p, place) for p in match.places)]:
         old.replace_all_uses_with(new)
     for back, threshold in match.backward:
         with graph.inserting_before(threshold):
-            slope = _call(graph, threshold, threshold.target, back.args[0], rectified, 0)
-            spread = _call(graph, back, back.target, slope, x, *back.args[2:])
+            slope = call(graph, threshold, threshold.target, back.args[0], rectified, 0)
+            spread = call(graph, back, back.target, slope, x, *back.args[2:])
         threshold.replace_all_uses_with(spread)
         graph.erase_node(threshold)
     dead = [back for back, _ in match.backward if not back.users]
     for node in [*dict.fromkeys(dead), *match.pooled, *match.places, match.pool, match.relu]:
         graph.erase_node(node)
-
-
-def _call(graph: fx.Graph, like: fx.Node, target: Any, *args: Any) -> fx.Node:
-    """A new op with the metadata of `like` and a value of its own."""
-    node = graph.call_function(target, args)
-    node.meta = dict(like.meta)
-    values: Sequence[Any] = fx.map_arg(args, lambda n: n.meta["val"])
-    if target is operator.getitem:
-        node.meta["val"] = values[0][values[1]]
-        return node
-    mode = next(n.meta["val"].fake_mode for n in node.all_input_nodes)
-    with torch.no_grad(), mode:
-        node.meta["val"] = target(*values)
-    return node

@@ -14,12 +14,14 @@ products of ``lr · B`` with what the gradient ``G = P @ Q`` was made of. One pr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+
+from unrollc.optimize.rewriting import Maker, sort
 
 aten = torch.ops.aten
 
@@ -66,7 +68,7 @@ def share_scaled_products(graph: fx.Graph) -> bool:
                 changed = True
                 break
     if changed:
-        _sort(graph)
+        sort(graph)
     return changed
 
 
@@ -170,20 +172,20 @@ def _rewrite(
         left, right = (_read(arg) for arg in product.args)  # type: ignore[arg-type]
         operand = right if left.node is scaled else left
         on_result = product is shared or _size(product) <= _size(operand.node)
-        make = _Maker(graph, product)
+        make = Maker(graph, product)
 
-        def unscaled(matrix: _Matrix, make: _Maker = make, on_result: bool = on_result) -> fx.Node:
+        def unscaled(matrix: _Matrix, make: Maker = make, on_result: bool = on_result) -> fx.Node:
             if matrix.node is scaled:
-                return make.oriented(_Matrix(plain, matrix.flipped))
+                return _oriented(make, _Matrix(plain, matrix.flipped))
             if on_result:
-                return make.oriented(matrix)
-            return make.oriented(_Matrix(make(times, matrix.node, factor), matrix.flipped))
+                return _oriented(make, matrix)
+            return _oriented(make, _Matrix(make(times, matrix.node, factor), matrix.flipped))
 
         fresh = make(aten.mm.default, unscaled(left), unscaled(right))
         if product is shared:
             other = _other_factor(product, scaled, dot)
             assert other is not None
-            both = make(aten.mul.Tensor, fresh, make.oriented(other))
+            both = make(aten.mul.Tensor, fresh, _oriented(make, other))
             dot.total.args = (both, *dot.total.args[1:])
             product.prepend(dot.total)
         product.replace_all_uses_with(make(times, fresh, factor) if on_result else fresh)
@@ -194,41 +196,5 @@ def _size(node: fx.Node) -> int:
     return int(node.meta["val"].numel())
 
 
-class _Maker:
-    """Makes ops before a node, with its metadata and the fake value of their results."""
-
-    def __init__(self, graph: fx.Graph, anchor: fx.Node) -> None:
-        self._graph = graph
-        self._anchor = anchor
-
-    def __call__(self, target: Callable[..., Any], *args: Any) -> fx.Node:
-        with self._graph.inserting_before(self._anchor):
-            node = self._graph.call_function(target, args)
-        node.meta = dict(self._anchor.meta)
-        values: Any = fx.map_arg(args, lambda n: n.meta["val"])
-        with torch.no_grad(), self._anchor.meta["val"].fake_mode:
-            node.meta["val"] = target(*values)
-        return node
-
-    def oriented(self, matrix: _Matrix) -> fx.Node:
-        return self(aten.t.default, matrix.node) if matrix.flipped else matrix.node
-
-
-def _sort(graph: fx.Graph) -> None:
-    """Put ops that stand before their operands right behind them; the others stay."""
-    output = graph.output_node()
-    placed = {node for node in graph.nodes if node.op == "placeholder"}
-    waiting: list[fx.Node] = []
-
-    def place(node: fx.Node) -> None:
-        output.prepend(node)
-        placed.add(node)
-        for late in list(waiting):
-            if late not in placed and placed.issuperset(late.all_input_nodes):
-                place(late)
-
-    for node in [n for n in graph.nodes if n.op == "call_function"]:
-        if placed.issuperset(node.all_input_nodes):
-            place(node)
-        else:
-            waiting.append(node)
+def _oriented(make: Maker, matrix: _Matrix) -> fx.Node:
+    return make(aten.t.default, matrix.node) if matrix.flipped else matrix.node

@@ -10,6 +10,7 @@ import torch
 from unrollc.differentiate.adjoint import StepAdjoint
 from unrollc.differentiate.tangent import Direction
 from unrollc.optimize.in_place import write_in_place
+from unrollc.optimize.narrow_products import merge_narrow_products
 from unrollc.plan.order import in_lean_order
 from unrollc.plan.schedule import Schedule
 from unrollc.step import CARRIED, STATE_ROLES, Role, StepGraph, Value
@@ -134,20 +135,24 @@ class Pieces:
 def ready_to_run(pieces: Pieces, *, lean: bool) -> Pieces:
     """The graphs as they will run: nothing may keep more values from here on.
 
-    Elementwise ops write in place.
+    Narrow products are merged where differentiation made them; elementwise ops write in place.
 
     Args:
         pieces: The program.
         lean: Whether ops are put in an order that holds less; the given order reads better.
     """
 
-    def settled(graph: StepGraph) -> StepGraph:
-        return write_in_place(in_lean_order(graph) if lean else graph)
+    def settled(graph: StepGraph, *, primal: bool = False) -> StepGraph:
+        merged = merge_narrow_products(graph, primal=primal)
+        return write_in_place(in_lean_order(merged) if lean else merged)
+
+    def adjoint(each: StepAdjoint) -> StepAdjoint:
+        return replace(each, graph=settled(each.graph, primal=True))
 
     return replace(
         pieces,
         steps=tuple(settled(step) for step in pieces.steps),
-        adjoints=tuple(replace(each, graph=settled(each.graph)) for each in pieces.adjoints),
+        adjoints=tuple(adjoint(each) for each in pieces.adjoints),
         val=settled(pieces.val),
         val_gradient=pieces.val_gradient and settled(pieces.val_gradient),
     )
