@@ -42,6 +42,7 @@ class Role(enum.Enum):
     AVERAGE = "average"
     HYPER = "hyper"
     CONTEXT = "context"
+    INVARIANT = "invariant"
     BATCH = "batch"
     NOISE = "noise"
     CONSTANT = "constant"

@@ -17,13 +17,13 @@ from unrollc.optimize.simplify import (
     merge_common,
     plain_zeros,
     propagate_zeros,
-    refresh_views,
     relax_views,
     remove_dead,
     remove_identities,
     simplify,
     structural_zeros,
 )
+from unrollc.optimize.views import refresh_views
 from unrollc.step import ATTACH, Phase, StepGraph, verify
 
 aten = torch.ops.aten

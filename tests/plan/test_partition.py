@@ -30,8 +30,9 @@ from unrollc.capture.assemble import assemble_graph
 from unrollc.differentiate.mixed import mixed_adjoint, mixed_obstacle
 from unrollc.differentiate.reverse import reverse_adjoint
 from unrollc.optimize.simplify import simplify
+from unrollc.optimize.views import is_view
 from unrollc.plan import partition as module
-from unrollc.plan.op_rules import EQUALS, RULES, Again, is_view, recompute_cost, rule_of
+from unrollc.plan.op_rules import EQUALS, RULES, Again, recompute_cost, rule_of
 from unrollc.plan.partition import Partition, partition, shared
 from unrollc.step import STATE_ROLES, Phase, Role, StepGraph, Value, iterate_calls
 

@@ -31,7 +31,7 @@ from unrollc.backends.library import Code, NativeCode, runner_of
 from unrollc.backends.toolchain import environment, key_of, toolchain
 from unrollc.errors import BackendError
 from unrollc.plan.cost import cost_of
-from unrollc.plan.pieces import Pieces
+from unrollc.plan.pieces import EPILOGUE, PROLOGUE, Pieces
 from unrollc.plan.threads import is_small
 
 #: The part of a run's time that compiled functions must make up before it begins.
@@ -103,9 +103,10 @@ class Compilation:
         return self._functions
 
     def codes(self) -> dict[str, NativeCode] | None:
-        """The C functions by name, once every function that computes anything is one."""
+        """The C functions of the loop by name, once all of those that compute anything are C."""
         found = {name: code for name, code in self._codes.items() if isinstance(code, NativeCode)}
-        return found if found and found.keys() == self.keys.keys() else None
+        inside = self.keys.keys() - {PROLOGUE, EPILOGUE}
+        return found if found and found.keys() >= inside else None
 
     def arranged(self, name: str, function: Function) -> Function:
         """A function that is not compiled, which returns values as compiled ones take them."""
@@ -193,7 +194,7 @@ class Compilation:
 
 def seconds_of(pieces: Pieces) -> dict[str, float]:
     """The predicted time that each function takes of a run, if no step is repeated."""
-    calls = {"validate": 1}
+    calls = {"validate": 1, PROLOGUE: 1, EPILOGUE: 1}
     for kind, sequence in (("step", pieces.sequence), ("adjoint", pieces.adjoint_sequence)):
         for index in sequence:
             name = f"{kind}_{index}"

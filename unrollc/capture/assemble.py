@@ -22,6 +22,7 @@ _ORDER = (
     Role.AVERAGE,
     Role.HYPER,
     Role.CONTEXT,
+    Role.INVARIANT,
     Role.CONSTANT,
     Role.BATCH,
     Role.NOISE,

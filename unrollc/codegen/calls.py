@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from unrollc.codegen.forward import products
 from unrollc.codegen.function import lists_of, parameters_of, returned
 from unrollc.codegen.literals import literal
-from unrollc.plan.pieces import Pieces
+from unrollc.plan.pieces import EPILOGUE, PROLOGUE, Pieces
 from unrollc.step import STARTS, STATE_ROLES, Role, StepGraph, Value
 
 #: Up to so many runs of equal steps are told apart by comparing j, more by a table.
@@ -100,6 +100,42 @@ def render_finish(pieces: Pieces) -> str:
     return "\n".join(lines)
 
 
+def render_prepare(pieces: Pieces) -> str:
+    """``inputs -> inputs and what no step changes``"""
+    graph = pieces.prologue
+    assert graph is not None
+    _, args = _arguments(pieces, PROLOGUE, graph, "0", None)
+    names = [value.name for value in graph.outputs]
+    targets = f"({names[0]},)" if len(names) == 1 else ", ".join(names)
+    lines = [
+        "@torch.no_grad()",
+        "def prepare(inputs):",
+        '    """The inputs and what no inner step changes, which is computed here, once."""',
+        *(f"    {line}" for line in _statement(f"{targets} = {PROLOGUE}", args)),
+        "    return {",
+        "        **inputs,",
+        *(f"        {literal(v.label, {})}: {v.name}," for v in graph.outputs),
+        "    }",
+    ]
+    return "\n".join(lines)
+
+
+def render_conclude(pieces: Pieces) -> str:
+    """``gradients of what no step changes -> gradients of what it is computed from``"""
+    graph = pieces.epilogue
+    assert graph is not None
+    taken = [f"gradients.pop({literal(v.label, {})})" for v, _ in graph.inputs_with(Role.COTANGENT)]
+    body = [*_statement("cotangents = list", [f"({', '.join(taken)},)"])]
+    body += _collected(pieces, EPILOGUE, graph, "0", None, into="gradients")
+    lines = [
+        "@torch.no_grad()",
+        "def conclude(inputs, gradients):",
+        '    """Pull the gradients of what `prepare` has computed back to the meta-parameters."""',
+        *(f"    {line}" for line in [*body, "return gradients"]),
+    ]
+    return "\n".join(lines)
+
+
 def render_gradients(pieces: Pieces) -> str:
     """``B_stop, totals -> meta-gradients``"""
     lines = [
@@ -126,14 +162,11 @@ def render_gradients(pieces: Pieces) -> str:
 
 def labels_of(pieces: Pieces) -> tuple[str, ...]:
     """Keys of the ``inputs`` dictionary that the module reads."""
-    graphs = [
-        *pieces.steps,
-        pieces.val_gradient or pieces.val,
-        *(adjoint.graph for adjoint in pieces.adjoints),
-    ]
-    read = [value.label for graph in graphs for value in parameters_of(graph)]
+    read = [v for _, graph in pieces.named_graphs for v in parameters_of(graph)]
+    fixed = {value.label for value in read if value.role is Role.INVARIANT}
     start = [value.label for value in first_state(pieces)]
-    return tuple(dict.fromkeys([*start, *read, *_totals(pieces)]))
+    labels = dict.fromkeys([*start, *(value.label for value in read), *_totals(pieces)])
+    return tuple(label for label in labels if label not in fixed)
 
 
 # -- parts ------------------------------------------------------------------------------------
@@ -217,7 +250,12 @@ def _validated(pieces: Pieces) -> str:
 
 
 def _collected(
-    pieces: Pieces, name: str, graph: StepGraph, number: str, step: int | None
+    pieces: Pieces,
+    name: str,
+    graph: StepGraph,
+    number: str,
+    step: int | None,
+    into: str = "totals",
 ) -> list[str]:
     """Call a function that returns cotangents, and add up its contributions."""
     noise, args = _arguments(pieces, name, graph, number, step)
@@ -232,7 +270,7 @@ def _collected(
             cotangents = True
             continue
         terms.append(value.name)
-        total = f"totals[{literal(value.label, {})}]"
+        total = f"{into}[{literal(value.label, {})}]"
         if value.label in pieces.per_step:
             lines.append(f"{total}[{number}] = {value.name}")
         else:

@@ -34,20 +34,31 @@ def _slots(schedule: Schedule) -> int | None:
 
 def render_loops(pieces: Pieces) -> list[str]:
     """The functions that run the schedule."""
-    schedule = pieces.schedule
+    schedule, both = pieces.schedule, _both(pieces)
     parts = [_FORWARD_RECORDING if schedule.records else _FORWARD]
     if pieces.directions:
-        return [*parts, _adapt(pieces, "()"), BACKWARD, _BOTH]
+        return [*parts, _adapt(pieces, "()"), BACKWARD, both]
     if not schedule.differentiates:
         return [*parts, _adapt(pieces, "()")]
     if _slots(schedule) is None:
-        return [*parts, _adapt(pieces, "range(STOP, STEPS)"), _REVERSE_KEPT, _BACKWARD, _BOTH]
+        return [
+            *parts,
+            _adapt(pieces, "range(STOP, STEPS)"),
+            _REVERSE_KEPT,
+            _BACKWARD,
+            _both(pieces),
+        ]
     parts += [inspect.getsource(stride).rstrip(), _REVERSE_BINOMIAL]
     if schedule.segment is not None:
-        return [*parts, _adapt(pieces, "range(STOP, STEPS, SEGMENT)"), _BACKWARD_SEGMENTS, _BOTH]
+        return [
+            *parts,
+            _adapt(pieces, "range(STOP, STEPS, SEGMENT)"),
+            _BACKWARD_SEGMENTS,
+            _both(pieces),
+        ]
     kept = "set(checkpoints(STOP, STEPS, SLOTS))"
     parts.insert(2, inspect.getsource(checkpoints).rstrip())
-    return [*parts, _adapt(pieces, kept), _BACKWARD, _BOTH]
+    return [*parts, _adapt(pieces, kept), _BACKWARD, both]
 
 
 def _adapt(pieces: Pieces, kept: str) -> str:
@@ -55,6 +66,14 @@ def _adapt(pieces: Pieces, kept: str) -> str:
     shape = f"({losses})" if "," in losses else losses
     head, last = _ADAPT.replace("KEPT", kept).replace("LOSSES", shape).rsplit("\n", 1)
     return "\n".join([head, *(f"    {line}" for line in without_tangents(pieces)), last])
+
+
+def _both(pieces: Pieces) -> str:
+    lines = [_BOTH, *(["    inputs = prepare(inputs)"] if pieces.prologue else [])]
+    lines.append("    loss, _, _, kept, cotangents, totals = adapt(inputs, seed)")
+    gradients = "backward(inputs, seed, kept, cotangents, totals)"
+    result = f"conclude(inputs, {gradients})" if pieces.epilogue else gradients
+    return "\n".join([*lines, f"    return loss, {result}"])
 
 
 def _loss(step: StepGraph) -> Tensor:
@@ -196,6 +215,4 @@ def loss_and_gradients(inputs, seed=0):
 
     Returns:
         The loss (0-dim) and a dictionary of meta-gradients by label.
-    """
-    loss, _, _, kept, cotangents, totals = adapt(inputs, seed)
-    return loss, backward(inputs, seed, kept, cotangents, totals)'''
+    """'''

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from unrollc.codegen.calls import (
     labels_of,
     render_advance,
+    render_conclude,
     render_finish,
     render_gradients,
+    render_prepare,
     render_pull_back,
     render_start,
 )
@@ -25,7 +27,7 @@ from unrollc.codegen.loops import render_constants, render_loops
 from unrollc.codegen.names import alias_of
 from unrollc.optimize.in_place import called_op
 from unrollc.plan.memory import MemoryPlan
-from unrollc.plan.pieces import Pieces
+from unrollc.plan.pieces import EPILOGUE, PROLOGUE, Pieces
 from unrollc.step import Noise, Role, StepGraph, Value, iterate_calls
 
 
@@ -67,13 +69,15 @@ class _Module:
             if (noises := _noises(graph))
         ]
         advance, tables = render_advance(pieces)
-        calls = [render_start(pieces), advance]
+        calls = [render_prepare(pieces)] if pieces.prologue else []
+        calls += [render_start(pieces), advance]
         if pieces.directions:
             calls += [INNER, render_finish(pieces)]
         elif pieces.differentiates:
             pull_back, more = render_pull_back(pieces)
             tables += more
             calls += [pull_back, render_finish(pieces), render_gradients(pieces)]
+            calls += [render_conclude(pieces)] if pieces.epilogue else []
         else:
             calls.append(render_finish(pieces))
         constants = [f"{name} = {text}" for text, name in self.constants.items()]
@@ -145,6 +149,10 @@ _FORWARD_MODE = (
 def _doc(name: str, graph: StepGraph, pieces: Pieces) -> list[str]:
     if name == "validate":
         return ["Validation loss of the adapted weights, with its cotangents where asked for."]
+    if name == PROLOGUE:
+        return ["What no inner step changes: computed once, before the first."]
+    if name == EPILOGUE:
+        return ["Adjoint of what is computed before the loop: all steps' cotangents pulled back."]
     index = int(name.rpartition("_")[2])
     if name.startswith("step"):
         uses = [step for step, i in enumerate(pieces.sequence) if i == index]

@@ -66,7 +66,8 @@ def is_counter(node: fx.Node) -> bool:
 def cotangent_inputs(
     step: StepGraph, live: frozenset[Key], recorder: Recorder
 ) -> tuple[list[Value], list[Tensor], list[fx.Node]]:
-    """Fresh inputs for the cotangents of the state outputs that are live.
+    """Fresh inputs for the cotangents of the state outputs that are live, or of what a prologue
+    returns.
 
     Returns:
         Their types, their tensors, and the nodes of `step` that they belong to.
@@ -74,7 +75,7 @@ def cotangent_inputs(
     values: list[Value] = []
     tensors: list[Tensor] = []
     nodes: list[fx.Node] = []
-    for value, node in step.outputs_with(*STATE_ROLES):
+    for value, node in step.outputs_with(*STATE_ROLES, Role.INVARIANT):
         if node is None or (value.role, value.label) not in live:
             continue
         typed = Value(Role.COTANGENT, value.label, f"adj_new_{value.name}", value.role)

@@ -83,14 +83,17 @@ def merged(graph: StepGraph, same: Mapping[Key, Key], *, first: bool = False) ->
     return build(new, tuple(inputs.values()), tuple(v for v, _ in kept), graph.constants)
 
 
-def numbered(step: StepGraph, same: Mapping[Key, Key]) -> dict[fx.Node, int]:
+def numbered(
+    step: StepGraph, same: Mapping[Key, Key], numbers: dict[Hashable, int] | None = None
+) -> dict[fx.Node, int]:
     """A number for each node, the same for nodes that compute the same by the same ops.
 
     Args:
         step: The graph.
         same: Of state that is known to be equal, what stands for it.
+        numbers: The numbers of other graphs, to which those of this one are added.
     """
-    numbers: dict[Hashable, int] = {}
+    numbers = {} if numbers is None else numbers
     found: dict[fx.Node, int] = {}
     for value, node in zip(step.inputs, step.placeholders, strict=True):
         identity: Hashable = same.get(key_of(value), value.key)

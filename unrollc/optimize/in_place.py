@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from unrollc.optimize.simplify import aliases, refresh_view
+from unrollc.optimize.views import aliases, refresh_view
 from unrollc.step import StepGraph, copy, iterate_calls, tensors_of
 
 aten = torch.ops.aten

@@ -82,6 +82,7 @@ class PackedLoop:
         val: The validation loss.
         val_gradient: The validation loss with B_T.
         packing: How the state travels.
+        prologue: What no step changes, computed once before the first; None if that is nothing.
     """
 
     steps: tuple[StepGraph, ...]
@@ -90,6 +91,7 @@ class PackedLoop:
     val: StepGraph
     val_gradient: StepGraph | None
     packing: Packing
+    prologue: StepGraph | None = None
 
 
 def as_captured(loop: Loop, val: StepGraph, val_gradient: StepGraph | None) -> PackedLoop:

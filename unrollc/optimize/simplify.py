@@ -17,7 +17,8 @@ from unrollc.capture.faking import asked
 from unrollc.optimize.fuse import FUSIONS
 from unrollc.optimize.memory_format import follows_images, keep_images, propagate
 from unrollc.optimize.scaled_products import share_scaled_products
-from unrollc.step import ATTACH, DERIVED, StepGraph, copy, tensors_of, verify
+from unrollc.optimize.views import refresh_views
+from unrollc.step import ATTACH, DERIVED, StepGraph, copy, verify
 
 aten = torch.ops.aten
 
@@ -274,42 +275,6 @@ def remove_dead(graph: fx.Graph) -> bool:
             graph.erase_node(node)
             changed = True
     return changed
-
-
-def refresh_views(graph: fx.Graph) -> None:
-    """Give views the storage of what they now view.
-
-    A view whose base was replaced by an equal value (``x + 0`` by ``x``, one of two equal ops by
-    the other) still has the fake storage of the base that is gone: memory planned from that would
-    hold bytes that no run holds, and free the new base while the view reads it.
-    """
-    for node in graph.nodes:
-        refresh_view(node)
-
-
-def refresh_view(node: fx.Node) -> None:
-    """`refresh_views` for one node, once its operands are right."""
-    target: Any = node.target
-    args: Any = node.args
-    if target is operator.getitem:
-        node.meta["val"] = args[0].meta["val"][args[1]]
-    elif node.op == "call_function" and aliases(target) and not _shares(node):
-        given: Any = fx.map_arg((args, node.kwargs), lambda n: n.meta["val"])
-        args, kwargs = given
-        with torch.no_grad(), args[0].fake_mode:
-            node.meta["val"] = asked(target, args, kwargs)
-
-
-def aliases(op: Any) -> bool:
-    """Whether an op may return a view of an argument."""
-    returns: Any = op._schema.returns
-    return any(returned.alias_info is not None for returned in returns)
-
-
-def _shares(node: fx.Node) -> bool:
-    """Whether the node's storage is that of one of its operands, as its metadata has it."""
-    storages = {t.untyped_storage()._cdata for n in node.all_input_nodes for t in tensors_of(n)}
-    return all(t.untyped_storage()._cdata in storages for t in tensors_of(node))
 
 
 #: The pipeline, in order.

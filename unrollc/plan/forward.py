@@ -20,6 +20,7 @@ def in_forward_mode(pieces: Pieces) -> Pieces:
         adjoints=(),
         adjoint_sequence=(None,) * steps,
         schedule=forward_mode(steps, len(mode.directions)),
+        epilogue=None,
         forward=None,
         directions=mode.directions,
     )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils.flop_counter import flop_registry
 
+from unrollc.optimize.views import is_view
 from unrollc.plan.cost import cost_of_node
 
 aten = torch.ops.aten
@@ -63,36 +64,6 @@ def _named(*names: str) -> Callable[[fx.Node], bool]:
 
 def _tagged(tag: torch.Tag) -> Callable[[fx.Node], bool]:
     return lambda node: tag in getattr(node.target, "tags", ())
-
-
-def is_view(node: fx.Node) -> bool:
-    """Whether an op's result lies in the memory of its first argument.
-
-    The schema says so rather than the storages of fake tensors, which a rewrite that replaces an
-    argument leaves behind. ``reshape`` is a view where the strides of its argument allow one.
-    """
-    source: Any = node.args[0] if node.args else None
-    if node.target is operator.getitem:
-        return is_view(source)
-    schema = getattr(node.target, "_schema", None)
-    if schema is None or not schema.returns or not isinstance(source, fx.Node):
-        return False
-    if any(result.alias_info is None for result in schema.returns):
-        return False
-    if node.target is not aten.reshape.default:
-        return True
-    return _viewable(source.meta["val"], tuple(node.meta["val"].shape))
-
-
-def _viewable(tensor: Tensor, shape: tuple[int, ...]) -> bool:
-    bare = torch.empty_strided(
-        tuple(tensor.shape), tensor.stride(), dtype=tensor.dtype, device="meta"
-    )
-    try:
-        bare.view(shape)
-    except RuntimeError:
-        return False
-    return True
 
 
 RULES: tuple[Rule, ...] = (

@@ -15,6 +15,9 @@ from unrollc.plan.order import in_lean_order
 from unrollc.plan.schedule import Schedule
 from unrollc.step import CARRIED, STATE_ROLES, Role, StepGraph, Value
 
+#: Names of the functions that run once, before the loop and behind its backward pass.
+PROLOGUE, EPILOGUE = "prologue", "epilogue"
+
 
 @dataclass(frozen=True)
 class ForwardMode:
@@ -51,6 +54,8 @@ class Pieces:
         no_forward: Why it is not possible.
         directions: The directions of the tangents that the steps carry, in forward mode.
         packed: What is to be said about state that travels as vectors.
+        prologue: What no step changes, computed once before the first; None if that is nothing.
+        epilogue: The adjoint of the prologue, which runs once behind the backward pass.
     """
 
     steps: tuple[StepGraph, ...]
@@ -67,6 +72,8 @@ class Pieces:
     no_forward: str = ""
     directions: tuple[Direction, ...] = ()
     packed: str = ""
+    prologue: StepGraph | None = None
+    epilogue: StepGraph | None = None
 
     @property
     def differentiates(self) -> bool:
@@ -75,11 +82,14 @@ class Pieces:
     @property
     def named_graphs(self) -> tuple[tuple[str, StepGraph], ...]:
         """Every graph with the name of its function in the generated program."""
-        return (
+        found = (
+            (PROLOGUE, self.prologue),
             *((f"step_{i}", step) for i, step in enumerate(self.steps)),
             ("validate", self.val_gradient or self.val),
             *((f"adjoint_{i}", adjoint.graph) for i, adjoint in enumerate(self.adjoints)),
+            (EPILOGUE, self.epilogue),
         )
+        return tuple((name, graph) for name, graph in found if graph is not None)
 
     @property
     def device(self) -> torch.device:
@@ -107,7 +117,11 @@ class Pieces:
     @functools.cached_property
     def totalled(self) -> tuple[str, ...]:
         """Labels of the meta-parameters whose gradient adds up in one tensor, step by step."""
-        graphs = [self.val_gradient, *(adjoint.graph for adjoint in self.adjoints)]
+        graphs = [
+            self.val_gradient,
+            *(adjoint.graph for adjoint in self.adjoints),
+            self.epilogue,
+        ]
         found = {
             value.label
             for graph in graphs
@@ -155,4 +169,6 @@ def ready_to_run(pieces: Pieces, *, lean: bool) -> Pieces:
         adjoints=tuple(adjoint(each) for each in pieces.adjoints),
         val=settled(pieces.val),
         val_gradient=pieces.val_gradient and settled(pieces.val_gradient),
+        prologue=pieces.prologue and settled(pieces.prologue),
+        epilogue=pieces.epilogue and settled(pieces.epilogue, primal=True),
     )

@@ -104,6 +104,7 @@ def simulate(pieces: Pieces, steps: int | None = None) -> Simulation:
         steps: For how many steps what has an entry a step counts; by default for those that run.
     """
     run = _Run(pieces, steps or len(pieces.sequence))
+    run.begin()
     for action in pieces.schedule:
         run.execute(action)
     run.finish()
@@ -181,6 +182,11 @@ class _Run:
         assert loss is not None
         size = steps * loss.meta["val"].nbytes
         self.held.hold([Storage(size, "inner losses")])
+
+    def begin(self) -> None:
+        """What no step changes stays until the backward pass is through."""
+        if self.pieces.prologue is not None:
+            self.held.hold(self._call("before the loop", self.pieces.prologue, ()))
 
     def execute(self, action: Action) -> None:
         match action:
@@ -277,12 +283,22 @@ class _Run:
 
     def finish(self) -> None:
         """What the autograd bridge does with the meta-gradients: it scales them one by one."""
+        self._conclude()
         for label in self.pieces.wanted:
             size = self.pieces.bytes_of(label, self.steps)
             scaled = [Storage(size, "meta-gradients")]
             self.held.hold(scaled)
             self._note(f"scale the gradient of {label}", size)
             self.held.release(self.totals.pop(label, []))
+
+    def _conclude(self) -> None:
+        """The cotangents of what was computed before the loop, pulled back."""
+        graph = self.pieces.epilogue
+        if graph is None:
+            return
+        given = [self.totals.pop(v.label)[0] for v, _ in graph.inputs_with(Role.COTANGENT)]
+        self._call("behind the loop", graph, (), given)
+        self.held.release(given)
 
     def _call(
         self,

@@ -17,6 +17,7 @@ def total_cost(pieces: Pieces) -> Cost:
     reversals = Counter(index for index in pieces.adjoint_sequence if index is not None)
     parts = [
         (cost_of(pieces.val_gradient or pieces.val), 1),
+        *((cost_of(graph), 1) for graph in (pieces.prologue, pieces.epilogue) if graph),
         *((cost_of(pieces.steps[index]), count) for index, count in runs.items()),
         *((cost_of(pieces.adjoints[index].graph), count) for index, count in reversals.items()),
     ]

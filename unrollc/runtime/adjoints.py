@@ -13,6 +13,7 @@ from unrollc.differentiate.mixed import mixed_adjoint, mixed_obstacle
 from unrollc.differentiate.pushforward import NoForwardFormulaError
 from unrollc.differentiate.reverse import loss_gradient, reverse_adjoint
 from unrollc.differentiate.symmetry import asymmetry
+from unrollc.optimize.hoist import hoist, moved_by
 from unrollc.optimize.packing import PackedLoop, as_captured, rewritten
 from unrollc.optimize.simplify import simplify
 from unrollc.plan.cost import cost_of
@@ -20,6 +21,7 @@ from unrollc.requirements.judge import MetaParameter
 from unrollc.requirements.verdict import Requirements
 from unrollc.requirements.zeros import zeros_of
 from unrollc.runtime.options import Options
+from unrollc.runtime.tangents import MOST_DIRECTIONS
 from unrollc.step import STARTS, STATE_ROLES, Role, StepGraph
 
 #: Makes the adjoint of the step with this index for these live state outputs.
@@ -36,6 +38,7 @@ class Differentiated:
         order: For each step an index into `adjoints`, or None where the backward pass does not
             go.
         program: The loop that was differentiated, its state packed where that pays.
+        epilogue: The adjoint of the program's prologue, for the meta-parameters that it reads.
         mixed_spurned: Whether mixed mode was possible and reverse mode preferred.
     """
 
@@ -43,6 +46,7 @@ class Differentiated:
     adjoints: tuple[StepAdjoint, ...]
     order: tuple[int | None, ...]
     program: PackedLoop
+    epilogue: StepGraph | None = None
     mixed_spurned: bool = False
 
 
@@ -55,6 +59,7 @@ def differentiated(
     final: bool = True,
     favour_mixed: bool = False,
     captured: Loop | None = None,
+    per_step: frozenset[str] | None = None,
 ) -> Differentiated:
     """The graphs of the backward pass.
 
@@ -66,6 +71,7 @@ def differentiated(
         final: Whether the graphs will run, so that the better mode is worth looking for.
         favour_mixed: Whether mixed mode is taken wherever it is possible.
         captured: The loop whose steps show whether their Jacobian is symmetric, if that is another.
+        per_step: Labels of inputs with one entry a step; with None nothing is hoisted.
     """
     wanted = frozenset(m.key for m in meta if m.role not in STARTS)
     starts = frozenset(m.key for m in meta if m.role in STARTS)
@@ -73,12 +79,63 @@ def differentiated(
     stop = steps - options.steps_back(steps)
     val_gradient = simplify(loss_gradient(val, wanted))
     program = rewritten(loop, val, val_gradient) if final else as_captured(loop, val, val_gradient)
+    if per_step is not None:
+        program = _hoisted(program, per_step, wanted)
     assert program.val_gradient is not None
-    chooser = _Chooser(captured or loop, program, wanted, options, favour_mixed)
-    make = chooser.adjoint if final else _in_reverse(program, wanted, options)
-    adjoints, order = _adjoints(program, program.val_gradient, wanted, starts, stop, make)
-    spurned = chooser.mixed_spurned
-    return Differentiated(program.val_gradient, tuple(adjoints), tuple(order), program, spurned)
+    inner = wanted | moved_by(program.prologue, wanted)
+    chooser = _Chooser(captured or loop, program, inner, options, favour_mixed)
+    make = chooser.adjoint if final else _in_reverse(program, inner, options)
+    adjoints, order = _adjoints(program, program.val_gradient, inner, starts, stop, make)
+    return Differentiated(
+        val_gradient=program.val_gradient,
+        adjoints=tuple(adjoints),
+        order=tuple(order),
+        program=program,
+        epilogue=_epilogue(program.prologue, adjoints, wanted),
+        mixed_spurned=chooser.mixed_spurned,
+    )
+
+
+def _hoisted(program: PackedLoop, per_step: frozenset[str], wanted: frozenset[Key]) -> PackedLoop:
+    """The program with what no step changes before the loop.
+
+    Values that meta-parameters move go there if that saves more of a step than mixed mode can,
+    which is not to be had then; nor is forward mode, which is for few meta-parameters.
+    """
+    plain = hoist(program, per_step, wanted, deep=False)
+    deep = hoist(program, per_step, wanted, deep=True)
+    if not moved_by(deep.prologue, wanted) or _are_few(program, wanted):
+        return plain
+    step = program.steps[program.sequence[-1]]
+    saved = _weight(deep.prologue) - _weight(plain.prologue)
+    return deep if saved > (1 - _CLEARLY_CHEAPER) * cost_of(step).weight else plain
+
+
+def _weight(graph: StepGraph | None) -> float:
+    return 0.0 if graph is None else cost_of(graph).weight
+
+
+def _are_few(program: PackedLoop, wanted: frozenset[Key]) -> bool:
+    sizes: dict[Key, int] = {
+        (value.role, value.label): node.meta["val"].numel()
+        for step in program.steps
+        for value, node in zip(step.inputs, step.placeholders, strict=True)
+    }
+    return sum(sizes.get(key, 0) for key in wanted) <= MOST_DIRECTIONS
+
+
+def _epilogue(
+    prologue: StepGraph | None, adjoints: Sequence[StepAdjoint], wanted: frozenset[Key]
+) -> StepGraph | None:
+    live = {
+        (value.of, value.label)
+        for adjoint in adjoints
+        for value, node in adjoint.graph.outputs_with(Role.COTANGENT)
+        if node is not None and value.of is Role.INVARIANT
+    }
+    if prologue is None or not live:
+        return None
+    return simplify(reverse_adjoint(prologue, wanted, frozenset(live)).graph)
 
 
 def _adjoints(
@@ -229,6 +286,7 @@ def confirmed(requirements: Requirements, found: Differentiated) -> Requirements
     first = found.order[0] if found.order else None
     graphs = [(found.val_gradient, not found.order)]
     graphs += [(adjoint.graph, index == first) for index, adjoint in enumerate(found.adjoints)]
+    graphs += [] if found.epilogue is None else [(found.epilogue, False)]
     for graph, initial in graphs:
         zeros = zeros_of(graph)
         for value, node in graph.outputs_with(Role.COTANGENT):

@@ -25,6 +25,7 @@ class Run:
     Attributes:
         module: The generated module.
         inputs: Tensors by label; lists of tensors for batches in list form.
+        prepared: The inputs and what no step changes, which is computed when the run begins.
         seed: Where the run's noise comes from.
         wanted: Labels of the meta-parameters in the order of their tensors.
         spilled: The run's states on the disk; None if they are in memory.
@@ -42,6 +43,7 @@ class Run:
     kept: dict[int, Any] = field(default_factory=dict)
     cotangents: list[Tensor] = field(default_factory=list)
     totals: dict[str, Any] = field(default_factory=dict)
+    prepared: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def meta(self) -> list[Tensor]:
@@ -59,12 +61,14 @@ class Run:
         return first.device.type
 
     def _adapt(self) -> Tensor:
+        module = self.module
+        self.prepared = module.prepare(self.inputs) if hasattr(module, "prepare") else self.inputs
         if self.spilled is not None:
-            loss, state, self.inner_losses = spilled_adapt(self.spilled, self.inputs)
+            loss, state, self.inner_losses = spilled_adapt(self.spilled, self.prepared)
             self.state = tuple(state)
             return loss
-        loss, self.state, self.inner_losses, self.kept, cotangents, self.totals = self.module.adapt(
-            self.inputs, self.seed
+        loss, self.state, self.inner_losses, self.kept, cotangents, self.totals = module.adapt(
+            self.prepared, self.seed
         )
         self.cotangents = list(cotangents)
         return loss  # type: ignore[no-any-return]
@@ -72,6 +76,7 @@ class Run:
     def forget(self) -> None:
         """Drop what only a backward pass needs."""
         self.kept, self.cotangents, self.totals, self.spilled = {}, [], {}, None
+        self.prepared = {}
 
 
 class MetaLoop(torch.autograd.Function):
@@ -79,8 +84,8 @@ class MetaLoop(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, run: Run, *meta: Tensor) -> Tensor:
-        tensors, spec = pytree.tree_flatten(dict(run.inputs))
         loss = run.adapt()
+        tensors, spec = pytree.tree_flatten(dict(run.prepared))
         ctx.save_for_backward(*tensors)
         ctx.spec, ctx.module, ctx.seed, ctx.wanted = spec, run.module, run.seed, run.wanted
         ctx.device = run.device
@@ -109,7 +114,7 @@ def pulled_back(ctx: Any, inputs: Mapping[str, Any], again: bool) -> Iterator[Te
 
     Args:
         ctx: Has the fields of a `Run` that a backward pass needs.
-        inputs: The run's inputs.
+        inputs: The run's inputs, prepared.
         again: Whether another backward pass may follow.
     """
     gradients = _gradients(ctx, inputs, again)
@@ -120,6 +125,14 @@ def pulled_back(ctx: Any, inputs: Mapping[str, Any], again: bool) -> Iterator[Te
 
 
 def _gradients(ctx: Any, inputs: Mapping[str, Any], again: bool) -> dict[str, Any]:
+    found = _pulled_through(ctx, inputs, again)
+    if hasattr(ctx.module, "conclude"):
+        found = ctx.module.conclude(inputs, found)
+    return found
+
+
+def _pulled_through(ctx: Any, inputs: Mapping[str, Any], again: bool) -> dict[str, Any]:
+    """The gradients once the loop is reversed."""
     if ctx.spilled is not None:
         found = spilled_backward(ctx.spilled, inputs, again=again)
         if not again:

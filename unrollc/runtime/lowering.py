@@ -19,6 +19,7 @@ from unrollc.capture.problem import PerStep, Problem, Stock
 from unrollc.capture.validation import capture_val
 from unrollc.codegen.module import GeneratedCode, generate
 from unrollc.errors import BudgetError, InputError
+from unrollc.optimize.hoist import hoist
 from unrollc.optimize.packing import PackedLoop, Packing, rewritten
 from unrollc.optimize.simplify import simplify
 from unrollc.optimize.vectorize import TaskLoop, vectorized
@@ -246,18 +247,19 @@ def _lowered(
     derive = functools.partial(
         differentiated, loop, captured.val, meta, options, captured=proved or loop
     )
+    per_step = _per_step(stock, train)
     with explained("the derivative of the captured step", _UNDIFFERENTIABLE):
-        found = derive() if meta else None
+        found = derive(per_step=per_step) if meta else None
     if found is not None:
         requirements = confirmed(requirements, found)
         requirements.raise_for_failure()
-    program = found.program if found else rewritten(loop, captured.val, None)
+    program = found.program if found else _adapting(loop, captured.val, per_step)
 
     def plan(found: Differentiated | None) -> MemoryPlan:
         pieces = _pieces(found.program if found else program, found, meta, options, stock, train)
         return plan_program(pieces, options.memory, spill=options.spill is not None)
 
-    chosen = _planned(plan, found, options, derive)
+    chosen = _planned(plan, found, options, functools.partial(derive, favour_mixed=True), per_step)
     return Lowered(
         requirements=requirements,
         loop=loop,
@@ -298,17 +300,21 @@ def _planned(
     plan: Callable[[Differentiated | None], MemoryPlan],
     found: Differentiated | None,
     options: Options,
-    derive: Callable[..., Differentiated],
+    in_mixed_mode: Callable[..., Differentiated],
+    per_step: frozenset[str],
 ) -> MemoryPlan:
     """The plan of what will run.
 
     Under a budget the adjoint that holds less can win by the steps that need not be repeated, so
-    both modes are planned.
+    both modes are planned; and what is computed before the loop is held all along.
     """
-    if options.memory is None or found is None or not found.mixed_spurned:
+    if options.memory is None or found is None:
         return plan(found)
+    others = [in_mixed_mode(per_step=per_step)] if found.mixed_spurned else []
+    if found.program.prologue is not None:
+        others.append(in_mixed_mode())
     plans, errors = [], []
-    for each in (found, derive(favour_mixed=True)):
+    for each in (found, *others):
         try:
             plans.append(plan(each))
         except BudgetError as error:
@@ -328,10 +334,8 @@ def _pieces(
 ) -> Pieces:
     steps = len(loop.sequence)
     stop = steps - options.steps_back(steps)
-    batch_labels = train.labels if train.form in ("list", "stacked") else ()
-    per_step = {label for label, value in stock.hyper.items() if isinstance(value, PerStep)}
-    stacked = per_step | set(batch_labels if train.form == "stacked" else ())
-    every = frozenset(per_step | set(batch_labels))
+    every = _per_step(stock, train)
+    stacked = every if train.form == "stacked" else every - set(train.labels)
     forward = forward_mode(loop, found.val_gradient, meta, every, options) if found else ""
     return Pieces(
         steps=tuple(simplify(_primal(step)) for step in loop.steps),
@@ -342,12 +346,25 @@ def _pieces(
         val_gradient=found.val_gradient if found else None,
         schedule=keep_all(steps, stop) if found else forward_only(steps),
         per_step=every,
-        stacked=frozenset(stacked),
+        stacked=stacked,
         wanted=tuple(m.label for m in meta),
         forward=forward if isinstance(forward, ForwardMode) else None,
         no_forward=forward if isinstance(forward, str) else "",
         packed=str(loop.packing),
+        prologue=loop.prologue and simplify(loop.prologue),
+        epilogue=found.epilogue if found else None,
     )
+
+
+def _per_step(stock: Stock, train: Batches) -> frozenset[str]:
+    """Labels of inputs with one entry a step."""
+    rates = {label for label, value in stock.hyper.items() if isinstance(value, PerStep)}
+    return frozenset(rates | set(train.labels if train.form in ("list", "stacked") else ()))
+
+
+def _adapting(loop: Loop, val: StepGraph, per_step: frozenset[str]) -> PackedLoop:
+    """The program without a backward pass."""
+    return hoist(rewritten(loop, val, None), per_step, frozenset(), deep=True)
 
 
 def _primal(step: StepGraph) -> StepGraph:

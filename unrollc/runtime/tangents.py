@@ -14,6 +14,7 @@ from unrollc.differentiate.tangent import (
     step_tangent,
     tangent_obstacle,
 )
+from unrollc.optimize.hoist import moved_by
 from unrollc.optimize.packing import PackedLoop
 from unrollc.optimize.simplify import simplify
 from unrollc.plan.pieces import ForwardMode
@@ -59,6 +60,8 @@ def forward_mode(
         for step in loop.steps
         for value, node in zip(step.inputs, step.placeholders, strict=True)
     }
+    if moved_by(loop.prologue, frozenset(m.key for m in meta)):
+        return "what is computed before the loop depends on meta-parameters"
     directions = directions_of({m.key: shapes[m.key] for m in meta if m.key in shapes})
     if not directions:
         return "no meta-parameter moves the inner loop"

@@ -119,7 +119,7 @@ class _Batch:
                 run.forget()
                 return
             with torch.autocast(run.device, enabled=False):
-                for at, tensor, gradient in task.share(pulled_back(run, run.inputs, again=False)):
+                for at, tensor, gradient in task.share(pulled_back(run, run.prepared, again=False)):
                     number = self._number(tensor)
                     if gradient is not None:
                         sums = self.gradients[task.places[at] if self.separate else 0]
