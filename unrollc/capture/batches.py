@@ -49,7 +49,8 @@ class Batches:
     """Batches of T steps as flat lists of tensors.
 
     Attributes:
-        form: "list", "stacked", "repeat" or "single" (the validation batch).
+        form: "list", "stacked", "repeat" (a list of one batch T times as well) or "single" (the
+            validation batch).
         spec: Tree structure of one batch.
         labels: One label a leaf of a batch, e.g. ``train.inputs``.
         leaves: One entry a leaf: the tensor ("stacked": with a leading T; "repeat" and "single":
@@ -139,7 +140,10 @@ def _read_list(train: list[Any], paired: bool) -> Batches:
                 why=f"{spec} against {specs[0]}",
                 remedy="give every step a batch of the same structure",
             )
-    return Batches("list", specs[0], labels, tuple(zip(*columns, strict=True)), len(train))
+    by_leaf = tuple(zip(*columns, strict=True))
+    if len(train) > 1 and all(t is leaf[0] for leaf in by_leaf for t in leaf):
+        return Batches("repeat", specs[0], labels, tuple(columns[0]), len(train))
+    return Batches("list", specs[0], labels, by_leaf, len(train))
 
 
 def _read_stacked(train: tuple[Any, ...], paired: bool) -> Batches:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import builtins
 import keyword
+import operator
 import re
+from typing import Any
+
+from torch import fx
 
 #: Names that generated code uses itself.
 _RESERVED = frozenset(
@@ -33,7 +37,8 @@ _RESERVED = frozenset(
     ]
 )
 _RESERVED_PREFIX = re.compile(
-    r"(op|step|adjoint|tangent|noise|validate|constant|draw|accumulate|adj|tan|new|grad)(_|$)"
+    r"(op|step|adjoint|tangent|noise|validate|prologue|epilogue|constant|draw|accumulate|adj|tan|new"
+    r"|grad|fixed)(_|$)"
 )
 
 
@@ -52,6 +57,24 @@ def identifier(label: str) -> str:
     if keyword.iskeyword(text) or text in _RESERVED or hasattr(builtins, text):
         text += "_"
     return text
+
+
+def origin_of(node: fx.Node) -> str:
+    """The module and the op that made a value: ``body_3_tanh``."""
+    origin: Any = node
+    suffix = ""
+    if node.target is operator.getitem:
+        origin, index = node.args
+        suffix = f"_{index}" if index else ""
+    source = origin.meta.get("source")
+    module = identifier(source.module) if source is not None and source.module else ""
+    op = op_name(origin.target).lstrip("_")
+    return "_".join(part for part in (module, op) if part) + suffix
+
+
+def op_name(target: Any) -> str:
+    """``mm`` for ``aten.mm.default``."""
+    return str(target._schema.name.split("::")[-1])
 
 
 class Names:

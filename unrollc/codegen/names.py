@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx
 
-from unrollc.capture.naming import identifier
+from unrollc.capture.naming import op_name, origin_of
 from unrollc.step import Phase, Role, StepGraph
 
 #: Outputs are called after what they are.
@@ -51,26 +51,13 @@ def name_values(step: StepGraph, reserved: Iterable[str]) -> dict[fx.Node, str]:
         if isinstance(node.meta["val"], tuple | list):
             names[node] = "_"  # its results have names, the tuple itself never appears
         else:
-            names[node] = claim(node.meta.get("called") or _describe(node))
+            names[node] = claim(node.meta.get("called") or _described(node))
     return names
 
 
-def _describe(node: fx.Node) -> str:
-    origin: Any = node
-    suffix = ""
-    if node.target is operator.getitem:
-        origin, index = node.args
-        suffix = f"_{index}" if index else ""
-    source = origin.meta.get("source")
-    module = identifier(source.module) if source is not None and source.module else ""
-    op = op_name(origin.target).lstrip("_")
-    prefix = _PHASES.get(origin.meta["phase"], "")
-    return prefix + "_".join(part for part in (module, op) if part) + suffix
-
-
-def op_name(target: Any) -> str:
-    """``mm`` for ``aten.mm.default``."""
-    return str(target._schema.name.split("::")[-1])
+def _described(node: fx.Node) -> str:
+    origin: Any = node.args[0] if node.target is operator.getitem else node
+    return _PHASES.get(origin.meta["phase"], "") + origin_of(node)
 
 
 def alias_of(target: Any) -> str:

@@ -91,6 +91,8 @@ def mixed_obstacle(step: StepGraph, wanted: frozenset[Key], live: frozenset[Key]
             and node in inner
             and value.label not in with_gradient
         ):
+            if value.role is Role.INVARIANT:
+                return f"{value.label}, computed before the loop, depends on meta-parameters"
             return f"the inner gradient with respect to {value.label} was not captured"
     return None
 

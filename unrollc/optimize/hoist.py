@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from unrollc.capture.assemble import assemble_graph
+from unrollc.capture.naming import origin_of
 from unrollc.capture.nests import is_continuous
 from unrollc.optimize.congruence import Key, key_of, numbered
 from unrollc.optimize.packing import PackedLoop
@@ -63,7 +64,8 @@ def hoist(
     chosen = _chosen(steps[most], _invariant(steps[most], per_step, still))
     if not chosen:
         return loop
-    values = _values(steps, chosen)
+    distinct = {numberings[most][node]: node for node in reversed(chosen)}
+    values = _values(steps, [node for node in chosen if node in distinct.values()])
     by_number = {numberings[most][node]: value for node, value in values.items()}
     return replace(
         loop,
@@ -190,11 +192,13 @@ def _values(steps: Sequence[StepGraph], chosen: Sequence[fx.Node]) -> dict[fx.No
     taken = {v.name for step in steps for v in (*step.inputs, *step.outputs)}
     found = {}
     for node in chosen:
-        name = f"fixed_{node.name}"
-        while name in taken:
-            name += "_"
-        taken.add(name)
-        found[node] = Value(Role.INVARIANT, f"fixed {name.removeprefix('fixed_')}", name)
+        name = base = origin_of(node)
+        number = 1
+        while f"fixed_{name}" in taken:
+            number += 1
+            name = f"{base}_{number}"
+        taken.add(f"fixed_{name}")
+        found[node] = Value(Role.INVARIANT, f"fixed {name}", f"fixed_{name}")
     return found
 
 
