@@ -99,8 +99,8 @@ def differentiated(
 def _hoisted(program: PackedLoop, per_step: frozenset[str], wanted: frozenset[Key]) -> PackedLoop:
     """The program with what no step changes before the loop.
 
-    Values that meta-parameters move go there if that saves more of a step than mixed mode can,
-    which is not to be had then; nor is forward mode, which is for few meta-parameters.
+    Where meta-parameters move what is hoisted, mixed mode is not to be had, which must be worth
+    it; nor is forward mode, which is for few meta-parameters.
     """
     plain = hoist(program, per_step, wanted, deep=False)
     deep = hoist(program, per_step, wanted, deep=True)
@@ -108,7 +108,11 @@ def _hoisted(program: PackedLoop, per_step: frozenset[str], wanted: frozenset[Ke
         return plain
     step = program.steps[program.sequence[-1]]
     saved = _weight(deep.prologue) - _weight(plain.prologue)
-    return deep if saved > (1 - _CLEARLY_CHEAPER) * cost_of(step).weight else plain
+    return deep if saved > _WORTH_HOISTING * cost_of(step).weight else plain
+
+
+#: Share of a step that must be saved. Where both modes are possible their costs hardly differ.
+_WORTH_HOISTING = 0.05
 
 
 def _weight(graph: StepGraph | None) -> float:
