@@ -17,7 +17,7 @@ from unrollc.errors import BudgetError
 from unrollc.plan.cost import human_bytes
 from unrollc.plan.forward import in_forward_mode
 from unrollc.plan.pieces import Pieces, ready_to_run
-from unrollc.plan.predict import predict
+from unrollc.plan.predict import Predictor, predict
 from unrollc.plan.recording import recording
 from unrollc.plan.schedule import Schedule
 from unrollc.plan.work import total_cost
@@ -50,7 +50,7 @@ def choose(pieces: Pieces, budget: int | None, *, spill: bool = False) -> tuple[
     if pieces.forward is None:
         return _with_schedule(pieces, budget), _not_taken(pieces.no_forward)
     forward = _ready(in_forward_mode(pieces), budget)
-    peak = _peak(forward, forward.schedule)
+    peak = predict(forward).moment.bytes
     if budget is not None and (least := _smallest(plain := _ready(pieces, budget))) > budget:
         if peak <= budget:
             return forward, "taken: no schedule of a backward pass fits into the budget"
@@ -109,23 +109,23 @@ def choose_schedule(pieces: Pieces, budget: int) -> Schedule:
     Raises:
         BudgetError: If no schedule fits; it names the smallest budget that would do.
     """
-    given = pieces.schedule
+    given, predictor = pieces.schedule, Predictor(pieces)
     back = given.steps - given.stop
     leanest = _leanest(given)
-    if _peak(pieces, leanest) > budget:
+    if predictor.bytes(leanest) > budget:
         raise _too_small(pieces, leanest, budget)
     if not given.differentiates:
         return given
-    # Long loops with many slots take longer to plan, so the search starts with few.
+    # Where a loop is too short to be cut, many slots take longer to plan: few are tried first.
     fitting, tried = 0, 1
-    while tried < back - 1 and _peak(pieces, replace(leanest, slots=tried)) <= budget:
+    while tried < back - 1 and predictor.bytes(replace(leanest, slots=tried)) <= budget:
         fitting, tried = tried, 2 * tried
-    if tried >= back - 1 and _peak(pieces, given) <= budget:
+    if tried >= back - 1 and predictor.bytes(given) <= budget:
         return given
     too_many = min(tried, back)
     while too_many - fitting > 1:
         slots = (fitting + too_many) // 2
-        if _peak(pieces, replace(leanest, slots=slots)) <= budget:
+        if predictor.bytes(replace(leanest, slots=slots)) <= budget:
             fitting = slots
         else:
             too_many = slots
@@ -146,20 +146,20 @@ def choose_segments(pieces: Pieces, budget: int | None) -> Schedule:
     Raises:
         BudgetError: If not even segments of one step fit.
     """
-    given = pieces.schedule
+    given, predictor = pieces.schedule, Predictor(pieces)
     if not given.differentiates:
         return given if budget is None else choose_schedule(pieces, budget)
     wished = math.isqrt(given.steps - given.stop - 1) + 1
     longest = replace(given, slots=None, segment=wished, records=False)
-    if budget is None or _peak(pieces, longest) <= budget:
+    if budget is None or predictor.bytes(longest) <= budget:
         return longest
     shortest = replace(longest, segment=1)
-    if _peak(pieces, shortest) > budget:
+    if predictor.bytes(shortest) > budget:
         raise _too_small(pieces, shortest, budget)
     fitting, too_long = 1, wished
     while too_long - fitting > 1:
         length = (fitting + too_long) // 2
-        if _peak(pieces, replace(longest, segment=length)) <= budget:
+        if predictor.bytes(replace(longest, segment=length)) <= budget:
             fitting = length
         else:
             too_long = length
@@ -172,11 +172,7 @@ def _leanest(schedule: Schedule) -> Schedule:
 
 
 def _smallest(pieces: Pieces) -> int:
-    return _peak(pieces, _leanest(pieces.schedule))
-
-
-def _peak(pieces: Pieces, schedule: Schedule) -> int:
-    return predict(replace(pieces, schedule=schedule)).moment.bytes
+    return Predictor(pieces).bytes(_leanest(pieces.schedule))
 
 
 def _too_small(pieces: Pieces, leanest: Schedule, budget: int) -> BudgetError:

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from unrollc.plan.horizon import extended, steady
 from unrollc.plan.pieces import Pieces
+from unrollc.plan.schedule import Schedule
 from unrollc.plan.simulate import Moment, Peak, Simulation, simulate
 
 #: Slots of a short loop; every further one adds the same bytes.
@@ -19,26 +20,44 @@ _FEW_SLOTS = 3
 
 def predict(pieces: Pieces) -> Peak:
     """The peak of a run of the program under its own schedule."""
-    schedule = pieces.schedule
-    length = _short(pieces)
-    listed = (pieces.per_step - pieces.stacked) & set(pieces.wanted)
-    truncated = schedule.differentiates and schedule.stop > 0
-    if length is None or length >= schedule.steps or listed or truncated:
-        return simulate(pieces).peak
-    slots = schedule.slots
-    if schedule.segment is not None or slots is None or slots <= _FEW_SLOTS:
-        return _renamed(_briefly(pieces).peak, pieces)
-    few, more = (_briefly(_with_slots(pieces, _FEW_SLOTS + extra)) for extra in (0, 1))
-    after = {peak.kind: peak for peak in more.peaks}
-    grown = [_grown(peak, after[peak.kind], slots - _FEW_SLOTS) for peak in few.peaks]
-    return _renamed(max(grown, key=lambda peak: peak.moment.bytes), pieces)
+    return Predictor(pieces).peak(pieces.schedule)
 
 
-def _briefly(pieces: Pieces) -> Simulation:
-    """A short loop, with T's entries where each step has its own."""
-    length = _short(pieces)
-    assert length is not None
-    return simulate(extended(pieces, length), pieces.schedule.steps)
+class Predictor:
+    """The peaks of one program under one schedule after another; short loops are run once."""
+
+    def __init__(self, pieces: Pieces) -> None:
+        self._pieces = pieces
+        self._known: dict[Schedule, Simulation] = {}
+
+    def peak(self, schedule: Schedule) -> Peak:
+        """The peak of a run under `schedule`."""
+        pieces = replace(self._pieces, schedule=schedule)
+        length = _short(pieces)
+        listed = (pieces.per_step - pieces.stacked) & set(pieces.wanted)
+        truncated = schedule.differentiates and schedule.stop > 0
+        if length is None or length >= schedule.steps or listed or truncated:
+            return simulate(pieces).peak
+        slots = schedule.slots
+        if schedule.segment is not None or slots is None or slots <= _FEW_SLOTS:
+            return _renamed(self._briefly(schedule).peak, pieces)
+        few, more = (self._briefly(replace(schedule, slots=_FEW_SLOTS + n)) for n in (0, 1))
+        after = {peak.kind: peak for peak in more.peaks}
+        grown = [_grown(peak, after[peak.kind], slots - _FEW_SLOTS) for peak in few.peaks]
+        return _renamed(max(grown, key=lambda peak: peak.moment.bytes), pieces)
+
+    def bytes(self, schedule: Schedule) -> int:
+        """The bytes of that peak."""
+        return self.peak(schedule).moment.bytes
+
+    def _briefly(self, schedule: Schedule) -> Simulation:
+        """A short loop, with T's entries where each step has its own."""
+        if schedule not in self._known:
+            pieces = replace(self._pieces, schedule=schedule)
+            length = _short(pieces)
+            assert length is not None
+            self._known[schedule] = simulate(extended(pieces, length), schedule.steps)
+        return self._known[schedule]
 
 
 def _short(pieces: Pieces) -> int | None:
@@ -58,10 +77,6 @@ def _short(pieces: Pieces) -> int | None:
         return None if schedule.differentiates else ends + 2
     # So long that once all slots are taken, and a step is reversed whose state is in none.
     return ends + 4 * (schedule.slots + 2)
-
-
-def _with_slots(pieces: Pieces, slots: int) -> Pieces:
-    return replace(pieces, schedule=replace(pieces.schedule, slots=slots))
 
 
 def _grown(few: Peak, more: Peak, slots: int) -> Peak:

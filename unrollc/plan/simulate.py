@@ -7,6 +7,7 @@ over die inside it, value by value.
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -116,10 +117,13 @@ _PLURAL = (Role.COTANGENT, Role.TANGENT)
 
 
 class _Signature:
-    """What a call of a graph takes and returns; graphs are slow to walk."""
+    """What a call of a graph takes and returns, and its frames.
+
+    Graphs are slow to walk, and planning simulates the same ones many times: a signature is kept as
+    long as its graph is, to which it refers by names alone.
+    """
 
     def __init__(self, graph: StepGraph) -> None:
-        self.graph = graph
         self.noise = [
             storage_bytes(node.meta["val"])
             for _, node in graph.inputs_with(Role.NOISE)
@@ -131,24 +135,32 @@ class _Signature:
             (Role.NOISE,) if self.noise else (),
         )
         self.names = [[v.name for v, _ in graph.inputs_with(*roles)] for roles in lists]
-        self.outputs = tuple(zip(graph.outputs, graph.results, strict=True))
+        pairs = zip(graph.outputs, graph.results, strict=True)
+        self.outputs = tuple((value, node is not None) for value, node in pairs)
         self.kinds = [
             f"{value.role.value}s" if value.role in _PLURAL else value.role.value
             for value in graph.outputs
         ]
         self.residuals = [n for n, v in enumerate(graph.outputs) if v.role is Role.RESIDUAL]
         self.state = [
-            n
-            for n, (value, node) in enumerate(self.outputs)
-            if value.role in CARRIED and node is not None
+            n for n, (value, given) in enumerate(self.outputs) if value.role in CARRIED and given
         ]
         self.frames: dict[tuple[object, ...], Frame] = {}
 
-    def frame(self, owned: Sequence[Owned]) -> Frame:
+    @staticmethod
+    def of(graph: StepGraph) -> _Signature:
+        if graph.graph not in _SIGNATURES:
+            _SIGNATURES[graph.graph] = _Signature(graph)
+        return _SIGNATURES[graph.graph]
+
+    def frame(self, graph: StepGraph, owned: Sequence[Owned]) -> Frame:
         key = tuple((each.name, each.storage, each.bytes) for each in owned)
         if key not in self.frames:
-            self.frames[key] = frame_of(self.graph, owned)
+            self.frames[key] = frame_of(graph, owned)
         return self.frames[key]
+
+
+_SIGNATURES: weakref.WeakKeyDictionary[fx.Graph, _Signature] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -168,7 +180,6 @@ class _Run:
     def __init__(self, pieces: Pieces, steps: int) -> None:
         self.pieces = pieces
         self.steps = steps
-        self.signatures: dict[int, _Signature] = {}
         self.timeline: list[Moment] = []
         self.held = Ledger()
         self.waiting = Ledger()
@@ -206,7 +217,7 @@ class _Run:
             case Advance(step) | Record(step):
                 graph = self.pieces.steps[self.pieces.sequence[step]]
                 results = self._call(f"step {step}", graph, self.state)
-                signature = self._signature(graph)
+                signature = _Signature.of(graph)
                 if isinstance(action, Record):
                     residuals = [results[n] for n in signature.residuals]
                     self.kept[step] += residuals
@@ -269,8 +280,8 @@ class _Run:
 
     def _collect(self, graph: StepGraph, results: Sequence[Held]) -> None:
         cotangents: list[Held] = []
-        for (value, node), storage in zip(self._signature(graph).outputs, results, strict=True):
-            if node is None or value.role is not Role.COTANGENT:
+        for (value, given), storage in zip(_Signature.of(graph).outputs, results, strict=True):
+            if not given or value.role is not Role.COTANGENT:
                 continue
             if value.of in STATE_ROLES:
                 cotangents.append(storage)
@@ -307,7 +318,7 @@ class _Run:
         state: Sequence[Held],
         cotangents: Sequence[Held] = (),
     ) -> list[Held]:
-        signature = self._signature(graph)
+        signature = _Signature.of(graph)
         noise: list[Held] = [Storage(size, "noise") for size in signature.noise]
         self.held.hold(noise)
         given: dict[str, Held] = {}
@@ -321,7 +332,7 @@ class _Run:
             for each, storage in given.items()
             if storage is not None and counts[storage] == passed[storage]
         ]
-        frame = signature.frame(owned)
+        frame = signature.frame(graph, owned)
         kinds = {number: storage.what for storage, number in numbers.items()}
         freed = Counter({kinds[n]: 0 for n, _ in frame.freed})
         for number, size in frame.freed:
@@ -330,15 +341,10 @@ class _Run:
         self.held.release(noise)
         return self._results(graph, frame, given)
 
-    def _signature(self, graph: StepGraph) -> _Signature:
-        if id(graph) not in self.signatures:
-            self.signatures[id(graph)] = _Signature(graph)
-        return self.signatures[id(graph)]
-
     def _results(self, graph: StepGraph, frame: Frame, given: Mapping[str, Held]) -> list[Held]:
         fresh: dict[int, Storage] = {}
         results: list[Held] = []
-        for kind, result in zip(self._signature(graph).kinds, frame.results, strict=True):
+        for kind, result in zip(_Signature.of(graph).kinds, frame.results, strict=True):
             if isinstance(result, int):
                 if result not in fresh:
                     fresh[result] = Storage(frame.sizes[result], kind)
