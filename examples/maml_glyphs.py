@@ -170,13 +170,14 @@ def test_baseline(
 
 
 def show_program(lowered: unrollc.Lowered) -> None:
-    """Verdicts, memory plan and the beginning of the code that has just been run."""
+    """Verdicts, memory plan and the first inner step in the code that has just been run."""
     console.rule("requirements")
     print(lowered.requirements)
     console.rule("memory plan")
     print(lowered.plan)
     lines = lowered.code.splitlines()
-    first = next(index for index, line in enumerate(lines) if line.strip().startswith("# --"))
+    step = next(index for index, line in enumerate(lines) if line.startswith("def step_0("))
+    first = next(n for n in range(step, len(lines)) if lines[n].strip().startswith("# --"))
     console.rule(f"generated code, lines {first + 1} to {first + CODE_LINES} of {len(lines):,}")
     for line in lines[first : first + CODE_LINES]:
         console.print(Syntax(line, "python", background_color="default"), no_wrap=True)

@@ -250,7 +250,8 @@ def examined(build: Callable[[Place], Setting]) -> dict[str, Any]:
     inputs = setting.program.inputs(setting.train, setting.val)
     names = generated(lowered.code)
     with Traffic() as inside:
-        _, _, losses, *_ = names["adapt"](inputs, 0)
+        prepared = names["prepare"](inputs) if "prepare" in names else inputs
+        _, _, losses, *_ = names["adapt"](prepared, 0)
         names["loss_and_gradients"](inputs, 0)
     with Traffic() as call:
         found = gradients(setting)

@@ -34,31 +34,32 @@ def _slots(schedule: Schedule) -> int | None:
 
 def render_loops(pieces: Pieces) -> list[str]:
     """The functions that run the schedule."""
-    schedule, both = pieces.schedule, _both(pieces)
+    parts = _loops(pieces)
+    if pieces.prologue is not None:
+        parts = [part.replace(_PLAIN_INPUTS, _PREPARED_INPUTS) for part in parts]
+    return [*parts, _both(pieces)] if pieces.differentiates else parts
+
+
+#: What functions inside the program say of their inputs.
+_PLAIN_INPUTS = "inputs: Tensors by label."
+_PREPARED_INPUTS = "inputs: Tensors by label, as returned by `prepare`."
+
+
+def _loops(pieces: Pieces) -> list[str]:
+    schedule = pieces.schedule
     parts = [_FORWARD_RECORDING if schedule.records else _FORWARD]
     if pieces.directions:
-        return [*parts, _adapt(pieces, "()"), BACKWARD, both]
+        return [*parts, _adapt(pieces, "()"), BACKWARD]
     if not schedule.differentiates:
         return [*parts, _adapt(pieces, "()")]
     if _slots(schedule) is None:
-        return [
-            *parts,
-            _adapt(pieces, "range(STOP, STEPS)"),
-            _REVERSE_KEPT,
-            _BACKWARD,
-            _both(pieces),
-        ]
+        return [*parts, _adapt(pieces, "range(STOP, STEPS)"), _REVERSE_KEPT, _BACKWARD]
     parts += [inspect.getsource(stride).rstrip(), _REVERSE_BINOMIAL]
     if schedule.segment is not None:
-        return [
-            *parts,
-            _adapt(pieces, "range(STOP, STEPS, SEGMENT)"),
-            _BACKWARD_SEGMENTS,
-            _both(pieces),
-        ]
+        return [*parts, _adapt(pieces, "range(STOP, STEPS, SEGMENT)"), _BACKWARD_SEGMENTS]
     kept = "set(checkpoints(STOP, STEPS, SLOTS))"
     parts.insert(2, inspect.getsource(checkpoints).rstrip())
-    return [*parts, _adapt(pieces, kept), _BACKWARD, both]
+    return [*parts, _adapt(pieces, kept), _BACKWARD]
 
 
 def _adapt(pieces: Pieces, kept: str) -> str:
