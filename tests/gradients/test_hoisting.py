@@ -17,6 +17,7 @@ import unrollc
 from tests.gradients.programs import assert_equals_eager, gradients
 from tests.oracles import eager, memory
 from tests.oracles.compare import assert_close, relative_error
+from tests.oracles.objectives import Objective
 from unrollc.optimize.hoist import moved_by
 from unrollc.plan.pieces import Pieces
 from unrollc.runtime.lowering import Lowered
@@ -250,23 +251,46 @@ def test_a_batch_a_step_is_not_hoisted() -> None:
         assert hoisted(program.lower(train, setting.val)) == 0
 
 
-@pytest.mark.parametrize("extra", [lambda: nn.Dropout(0.5), lambda: nn.BatchNorm1d(WIDTH)])
-def test_noise_and_statistics_stay_in_the_step(extra: Callable[[], nn.Module]) -> None:
-    """What is before them is hoisted; what a step draws or counts is not the next one's."""
-    setting = Setting(extra=extra, frozen=True)
+def test_noise_stays_in_the_step() -> None:
+    """What is before it is hoisted; what a step draws is not the next one's."""
+    setting = Setting(extra=lambda: nn.Dropout(0.5), frozen=True)
     program = setting.compiled(backend="aten")
     lowered = program.lower(unrollc.repeat(setting.batch, T), setting.val)
     prologue = lowered.pieces.prologue
     assert prologue is not None
     assert [value.name for value in prologue.outputs] == ["fixed_body_1_tanh"]
-    assert not prologue.inputs_with(Role.NOISE, Role.BUFFER)
+    assert not prologue.inputs_with(Role.NOISE)
 
 
-def test_statistics_are_counted_every_step() -> None:
-    setting = Setting(extra=lambda: nn.BatchNorm1d(WIDTH))
+@pytest.mark.parametrize("frozen", [False, True], ids=["meta-learned", "frozen"])
+@pytest.mark.parametrize("options", [{}, {"affine": False, "momentum": 0.3}], ids=str)
+def test_the_batch_is_normalised_once_and_counted_every_step(
+    frozen: bool, options: dict[str, Any]
+) -> None:
+    setting = Setting(extra=lambda: nn.BatchNorm1d(WIDTH, **options), frozen=frozen)
     program = setting.compiled(backend="aten")
     train = unrollc.repeat(setting.batch, T)
+    lowered = program.lower(train, setting.val)
+    assert hoisted(lowered) == 3, "features, mean and variance"
+    assert max(ops(lowered.pieces)) == 2 + 3
     assert_equals_eager(program(train, setting.val), setting.unroll(), setting.meta)
+
+
+def test_running_statistics_carry_no_derivative() -> None:
+    """A validation loss that normalises by them has none through them, as in PyTorch."""
+    setting = Setting(extra=lambda: nn.BatchNorm1d(WIDTH))
+    train = [setting.batch] * T
+
+    def evaluated(model: nn.Module, given: tuple[Tensor, Tensor]) -> Tensor:
+        body = model.body
+        x = torch.tanh(body[0](given[0]))
+        x = F.batch_norm(x, body[2].running_mean, body[2].running_var, body[2].weight, body[2].bias)
+        return F.cross_entropy(model.head(torch.tanh(body[3](x))), given[1])
+
+    program = setting.compiled(backend="aten", val_loss=unrollc.objective(evaluated))
+    assert hoisted(program.lower(train, setting.val)) == 3
+    expected = setting.unroll(val_loss=Objective(evaluated))
+    assert_equals_eager(program(train, setting.val), expected, setting.meta)
 
 
 class Remembering(nn.Module):

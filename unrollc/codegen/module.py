@@ -105,6 +105,7 @@ class _Module:
             f"Predicted peak memory beyond the inputs: {self.plan.peak_bytes} bytes.",
         ]
         lines += [f"Packed: {line}." for line in pieces.packed.splitlines()]
+        lines += [f"Before the loop: {pieces.hoisted}."] if pieces.hoisted else []
         for index, adjoint in enumerate(pieces.adjoints):
             lines.append(f"adjoint_{index}: {adjoint.mode} mode ({adjoint.reason}).")
         if pieces.wanted:

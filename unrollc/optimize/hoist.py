@@ -22,6 +22,7 @@ from unrollc.capture.naming import origin_of
 from unrollc.capture.nests import is_continuous
 from unrollc.optimize.congruence import Key, key_of, numbered
 from unrollc.optimize.packing import PackedLoop
+from unrollc.optimize.statistics import split_statistics
 from unrollc.optimize.views import is_view
 from unrollc.step import Role, StepGraph, Value, build, copy, placeholder, tensors_of
 
@@ -57,8 +58,14 @@ def hoist(
     most = max(counts, key=lambda index: counts[index])
     if counts[most] < 2:
         return loop
-    steps = [_without_gradients(step) if deep else step for step in loop.steps]
     still = frozenset() if deep else wanted
+    steps = [
+        split_statistics(
+            _without_gradients(step) if deep else step,
+            frozenset(node.name for node in _fixed(step, per_step, still)),
+        )
+        for step in loop.steps
+    ]
     numbers: dict[Hashable, int] = {}
     numberings = [numbered(step, {}, numbers) for step in steps]
     chosen = _chosen(steps[most], _invariant(steps[most], per_step, still))
@@ -87,7 +94,9 @@ def moved_by(prologue: StepGraph | None, wanted: frozenset[Key]) -> frozenset[Ke
         if key_of(value) in wanted
     }
     for node in prologue.graph.nodes:
-        if node.op == "call_function" and not moving.isdisjoint(node.all_input_nodes):
+        if node.op != "call_function" or node.target is aten.detach.default:
+            continue
+        if not moving.isdisjoint(node.all_input_nodes):
             moving.add(node)
     return frozenset(
         key_of(value)
@@ -110,15 +119,20 @@ def _without_gradients(step: StepGraph) -> StepGraph:
 
 def _invariant(step: StepGraph, per_step: frozenset[str], still: frozenset[Key]) -> set[fx.Node]:
     """The nodes that are the same in every step, inputs among them."""
-    found = {
-        node
-        for value, node in zip(step.inputs, step.placeholders, strict=True)
-        if value.role in _FIXED and value.label not in per_step and key_of(value) not in still
-    }
+    found = _fixed(step, per_step, still)
     for node in step.graph.nodes:
         if node.op == "call_function" and found.issuperset(node.all_input_nodes):
             found.add(node)
     return found
+
+
+def _fixed(step: StepGraph, per_step: frozenset[str], still: frozenset[Key]) -> set[fx.Node]:
+    """The inputs that are."""
+    return {
+        node
+        for value, node in zip(step.inputs, step.placeholders, strict=True)
+        if value.role in _FIXED and value.label not in per_step and key_of(value) not in still
+    }
 
 
 def _chosen(step: StepGraph, invariant: set[fx.Node]) -> list[fx.Node]:

@@ -113,6 +113,8 @@ class MemoryPlan:
         table.add_row("schedule", str(self.schedule))
         for line in self.pieces.packed.splitlines():
             table.add_row("packed", line)
+        if self.pieces.hoisted:
+            table.add_row("before the loop", self.pieces.hoisted)
         for mode, reason in self.modes:
             table.add_row("adjoint", f"{mode} mode: {reason}" if reason else f"{mode} mode")
         if self.forward:

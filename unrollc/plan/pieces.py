@@ -11,6 +11,7 @@ from unrollc.differentiate.adjoint import StepAdjoint
 from unrollc.differentiate.tangent import Direction
 from unrollc.optimize.in_place import write_in_place
 from unrollc.optimize.narrow_products import merge_narrow_products
+from unrollc.plan.cost import human_bytes
 from unrollc.plan.order import in_lean_order
 from unrollc.plan.schedule import Schedule
 from unrollc.step import CARRIED, STATE_ROLES, Role, StepGraph, Value
@@ -108,6 +109,15 @@ class Pieces:
     def validated_roles(self) -> frozenset[Role]:
         """Roles of the state that the validation loss takes."""
         return frozenset(value.role for value, _ in self.val.inputs_with(*STATE_ROLES))
+
+    @property
+    def hoisted(self) -> str:
+        """What is to be said about values that are computed before the loop."""
+        if self.prologue is None:
+            return ""
+        sizes = [node.meta["val"].nbytes for node in self.prologue.results if node is not None]
+        count = "1 value" if len(sizes) == 1 else f"{len(sizes)} values"
+        return f"{count} that no step changes ({human_bytes(sum(sizes))}), computed once"
 
     @property
     def graphs(self) -> tuple[StepGraph, ...]:
