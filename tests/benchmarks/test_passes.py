@@ -17,18 +17,12 @@ from passes import LEFT_OUT, anil, without
 @functools.cache
 def lowered(name: str | None) -> tuple[str, Tensor]:
     """A program's code, and its meta-gradients as one vector."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        problem = anil(steps=3)
-        program, _ = compiled(problem, backend="aten")
-        ((train, val),) = problem.tasks
-        given = data_of(problem, (train[0].double(), train[1]))
-        with without(name):
-            program(given, (val[0].double(), val[1])).loss.backward()
-            code = program.lower(given, (val[0].double(), val[1])).code
-    finally:
-        torch.set_default_dtype(before)
+    problem = anil(3, torch.float64)
+    program, _ = compiled(problem, backend="aten")
+    ((train, val),) = problem.tasks
+    with without(name):
+        program(data_of(problem, train), val).loss.backward()
+        code = program.lower(data_of(problem, train), val).code
     return code, torch.cat([leaf.grad.flatten() for leaf in problem.leaves.values()])
 
 
