@@ -42,17 +42,19 @@ def sort(graph: fx.Graph) -> None:
     """Put ops that stand before their operands right behind them; the others stay."""
     output = graph.output_node()
     placed = {node for node in graph.nodes if node.op == "placeholder"}
-    waiting: list[fx.Node] = []
-
-    def place(node: fx.Node) -> None:
-        output.prepend(node)
-        placed.add(node)
-        for late in list(waiting):
-            if late not in placed and placed.issuperset(late.all_input_nodes):
-                place(late)
-
+    missing: dict[fx.Node, int] = {}
+    waiting_for: dict[fx.Node, list[fx.Node]] = {}
     for node in [n for n in graph.nodes if n.op == "call_function"]:
-        if placed.issuperset(node.all_input_nodes):
-            place(node)
-        else:
-            waiting.append(node)
+        late = [operand for operand in node.all_input_nodes if operand not in placed]
+        for operand in late:
+            waiting_for.setdefault(operand, []).append(node)
+        missing[node] = len(late)
+        stack = [] if late else [node]
+        while stack:
+            ready = stack.pop()
+            output.prepend(ready)
+            placed.add(ready)
+            for user in reversed(waiting_for.pop(ready, [])):
+                missing[user] -= 1
+                if not missing[user]:
+                    stack.append(user)
