@@ -192,8 +192,8 @@ def _distill(steps: int) -> Problem:
 WORKLOADS = {
     "mlp-small": Workload(_mlp(32, 8), 50),
     "mlp": Workload(_mlp(128, 64), 50),
-    "mlp-long-1000": Workload(_mlp(32, 8), 1_000, ("56MiB",), 100),
-    "mlp-long": Workload(_mlp(32, 8), 10_000, ("56MiB",), 100),
+    "mlp-long-1000": Workload(_mlp(32, 8), 1_000, ("54MiB",), 100),
+    "mlp-long": Workload(_mlp(32, 8), 10_000, ("54MiB",), 100),
     "maml-conv4": Workload(_maml_conv4, 5, checked=2),
     "gpt-sgd": Workload(_gpt(torch.optim.SGD, 0.1), 8, (None, "140MiB")),
     "gpt-adam": Workload(_gpt(torch.optim.Adam, 1e-3), 8, (None, "285MiB")),
