@@ -231,6 +231,67 @@ def test_a_broken_twin_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
         assert_equals_eager(program(train, setting.val), setting.unroll(), setting.meta)
 
 
+class Handed(torch.autograd.Function):
+    """A loss whose declared gradient is the same wherever θ is."""
+
+    @staticmethod
+    def forward(ctx: Any, theta: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return (theta * gradient).sum()
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient.clone(), None
+
+
+class SquashedSGD(torch.optim.Optimizer):
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(group["lr"] * torch.tanh(p.grad))
+
+
+class Linear(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(FEATURES, WIDTH) / 4)
+        self.theta = nn.Parameter(torch.randn(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(torch.tanh(x @ self.weight) @ self.weight.t()) @ self.weight
+
+
+@pytest.mark.parametrize("first_order", [False, True])
+def test_a_gradient_that_no_step_changes(first_order: bool) -> None:
+    """It is what a first-order gradient takes as a constant, however early it is computed."""
+    model, rate = Linear(), torch.tensor(0.1, requires_grad=True)
+    (x, _), (y, _) = batch(1), batch(2)
+
+    def evaluated(adapted: nn.Module, given: Tensor) -> Tensor:
+        loss: Tensor = (adapted(given) @ adapted.theta).square().mean()
+        return loss
+
+    program = unrollc.compile(
+        model,
+        SquashedSGD([model.theta], {"lr": rate}),
+        unrollc.objective(
+            lambda adapted, given: Handed.apply(adapted.theta, adapted(given).mean(0))
+        ),
+        val_loss=unrollc.objective(evaluated),
+        gradient=unrollc.FirstOrder() if first_order else "exact",
+        backend="aten",
+    )
+    result = program(unrollc.repeat(x, T), y)
+    theta, gradient = model.theta, model(x).mean(0)
+    for _ in range(T):
+        theta = theta - rate * torch.tanh(gradient.detach() if first_order else gradient)
+    expected = (model(y) @ theta).square().mean()
+    meta = {"rate": rate, **dict(model.named_parameters())}
+    assert_close(gradients(result.loss, meta), gradients(expected, meta), rtol=1e-10)
+
+
 # -- what is hoisted, and what is not --------------------------------------------------------------
 
 

@@ -126,6 +126,19 @@ def test_what_a_step_returns_stays_with_what_it_is_a_view_of() -> None:
     assert hoist(before, NONE, frozenset(), deep=True) is before
 
 
+def test_what_an_inner_gradient_is_read_for_stays() -> None:
+    """A first-order gradient stops there, where a prologue would go on."""
+    sketch = Sketch()
+    x, y = sketch.input("x", 3, 3, role=Role.THETA), sketch.input("y", 3, 3)
+    gradient = sketch.call(aten.tanh.default, y)
+    moved = sketch.call(aten.sub.Tensor, x, sketch.call(aten.sin.default, gradient))
+    step = as_step(sketch.returning(moved, gradient))
+    assert hoist(loop_of(step), NONE, frozenset(), deep=True).prologue is not None
+    typed = (step.outputs[0], Value(Role.GRADIENT, "x", "grad_x", Role.THETA))
+    before = loop_of(replace(step, outputs=typed))
+    assert hoist(before, NONE, frozenset(), deep=True) is before
+
+
 def test_views_are_made_anew() -> None:
     sketch = Sketch()
     x, y = sketch.input("x", 3, 3, role=Role.THETA), sketch.input("y", 3, 3)

@@ -118,10 +118,17 @@ def _without_gradients(step: StepGraph) -> StepGraph:
 
 
 def _invariant(step: StepGraph, per_step: frozenset[str], still: frozenset[Key]) -> set[fx.Node]:
-    """The nodes that are the same in every step, inputs among them."""
+    """The nodes that are the same in every step, inputs among them.
+
+    An inner gradient is none even where it is, nor what is computed from it: to a first-order
+    gradient it is a constant, which a prologue would not know.
+    """
     found = _fixed(step, per_step, still)
+    gradients = {node for _, node in step.outputs_with(Role.GRADIENT)}
     for node in step.graph.nodes:
-        if node.op == "call_function" and found.issuperset(node.all_input_nodes):
+        if node.op != "call_function" or node in gradients:
+            continue
+        if found.issuperset(node.all_input_nodes):
             found.add(node)
     return found
 

@@ -292,6 +292,8 @@ def confirmed(requirements: Requirements, found: Differentiated) -> Requirements
     graphs += [(adjoint.graph, index == first) for index, adjoint in enumerate(found.adjoints)]
     graphs += [] if found.epilogue is None else [(found.epilogue, False)]
     for graph, initial in graphs:
+        if graph is found.epilogue and not any(role is Role.INVARIANT for role, _ in reached):
+            continue
         zeros = zeros_of(graph)
         for value, node in graph.outputs_with(Role.COTANGENT):
             vanishes = node is None or node in zeros
