@@ -21,6 +21,8 @@ help: ## list the targets
 demo: $(READY) ## meta-learn to read letters from one example each (MAML), with every artifact shown
 	$(RUN) examples/maml_glyphs.py
 
+# Tests start many processes, which would each compile the package anew if the shell forbade to keep that.
+test: export PYTHONDONTWRITEBYTECODE =
 test: lint $(TESTABLE) ## everything that must hold: lint, then the tests
 	$(RUN) -m pytest -n auto --maxprocesses 8 --dist worksteal
 
