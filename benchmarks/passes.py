@@ -60,7 +60,8 @@ LEFT_OUT: dict[str, tuple[tuple[Any, str, Any], ...]] = {
 def anil(steps: int, dtype: torch.dtype = torch.float32) -> Problem:
     """`maml-conv4` with an inner loop over its last layer alone (Raghu et al. 2020)."""
     given = build("maml-conv4", steps, dtype)
-    opt = torch.optim.SGD(given.model[-1].parameters(), lr=0.1)  # type: ignore[index]
+    *_, last = given.model.children()
+    opt = torch.optim.SGD(last.parameters(), lr=0.1)
     return replace(given, opt=opt, tasks=given.tasks[:1])
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from tests.plan.graphs import Sketch, random_graphs, targets
 from unrollc.optimize import hoist as hoisting
 from unrollc.optimize.hoist import hoist, moved_by
-from unrollc.optimize.packing import PackedLoop, Packing
+from unrollc.optimize.packed_loop import PackedLoop, Packing
 from unrollc.step import Role, StepGraph, Value, verify
 
 aten = torch.ops.aten

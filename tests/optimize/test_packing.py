@@ -13,7 +13,7 @@ import unrollc
 from tests.oracles.compare import relative_error
 from tests.plan.graphs import Sketch
 from unrollc.errors import RequirementError
-from unrollc.optimize import packing
+from unrollc.optimize import grouping, packing
 from unrollc.optimize.congruence import equal_state
 from unrollc.optimize.packed_step import Group, Pack, UnpackableError, packed
 from unrollc.runtime import adjoints, lowering
@@ -200,7 +200,7 @@ def test_what_is_updated_otherwise_is_packed_apart() -> None:
 
 @pytest.mark.usefixtures("float64")
 def test_a_large_tensor_travels_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "BYTES_PER_LAUNCH", 20)
+    monkeypatch.setattr(grouping, "BYTES_PER_LAUNCH", 20)
     lowered, _ = run(OPTIMIZERS["amsgrad, warm"], 3)
     (group,) = lowered.packing.groups
     members = {label for _, label in group.packs[0].members}

@@ -15,7 +15,8 @@ from tests.plan.graphs import Sketch
 from unrollc.optimize import packed_step
 from unrollc.optimize.congruence import Key, key_of
 from unrollc.optimize.hoist import hoist
-from unrollc.optimize.packing import PASSES, LoopPass, PackedLoop, Packing, pack_alike
+from unrollc.optimize.packed_loop import PackedLoop, Packing
+from unrollc.optimize.packing import PASSES, LoopPass, pack_alike
 from unrollc.step import STATE_ROLES, Phase, Role, StepGraph, Value, verify
 
 aten = torch.ops.aten

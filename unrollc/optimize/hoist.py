@@ -21,7 +21,7 @@ from unrollc.capture.assemble import assemble_graph
 from unrollc.capture.naming import origin_of
 from unrollc.capture.nests import is_continuous
 from unrollc.optimize.congruence import Key, key_of, numbered
-from unrollc.optimize.packing import PackedLoop
+from unrollc.optimize.packed_loop import PackedLoop
 from unrollc.optimize.statistics import split_statistics
 from unrollc.optimize.views import is_view
 from unrollc.step import Role, StepGraph, Value, build, copy, placeholder, tensors_of

@@ -14,7 +14,8 @@ from unrollc.differentiate.pushforward import NoForwardFormulaError
 from unrollc.differentiate.reverse import loss_gradient, reverse_adjoint
 from unrollc.differentiate.symmetry import asymmetry
 from unrollc.optimize.hoist import hoist, moved_by
-from unrollc.optimize.packing import PackedLoop, as_captured, rewritten
+from unrollc.optimize.packed_loop import PackedLoop, as_captured
+from unrollc.optimize.packing import rewritten
 from unrollc.optimize.simplify import simplify
 from unrollc.plan.cost import cost_of
 from unrollc.requirements.judge import MetaParameter

@@ -14,7 +14,7 @@ import torch
 from unrollc.codegen.module import GeneratedCode
 
 #: Functions that a run enters a program by; their first argument is the program's inputs.
-_ENTRIES = (*("prepare", "start", "forward", "finish", "reverse", "adapt", "backward", "conclude"),)
+_ENTRIES = ("prepare", "start", "forward", "finish", "reverse", "adapt", "backward", "conclude")
 
 
 def load(

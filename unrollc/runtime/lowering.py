@@ -20,7 +20,8 @@ from unrollc.capture.validation import capture_val
 from unrollc.codegen.module import GeneratedCode, generate
 from unrollc.errors import BudgetError, InputError
 from unrollc.optimize.hoist import hoist
-from unrollc.optimize.packing import PackedLoop, Packing, rewritten
+from unrollc.optimize.packed_loop import PackedLoop, Packing
+from unrollc.optimize.packing import rewritten
 from unrollc.optimize.simplify import simplify
 from unrollc.optimize.vectorize import TaskLoop, vectorized
 from unrollc.plan.memory import MemoryPlan, plan_program

@@ -15,7 +15,7 @@ from unrollc.differentiate.tangent import (
     tangent_obstacle,
 )
 from unrollc.optimize.hoist import moved_by
-from unrollc.optimize.packing import PackedLoop
+from unrollc.optimize.packed_loop import PackedLoop
 from unrollc.optimize.simplify import simplify
 from unrollc.plan.pieces import ForwardMode
 from unrollc.requirements.judge import MetaParameter
