@@ -13,7 +13,7 @@ import unrollc
 from tests.oracles.compare import relative_error
 from tests.plan.graphs import Sketch
 from unrollc.errors import RequirementError
-from unrollc.optimize import grouping, packing
+from unrollc.optimize import grouping, packed_loop, packing
 from unrollc.optimize.congruence import equal_state
 from unrollc.optimize.packed_step import Group, Pack, UnpackableError, packed
 from unrollc.runtime import adjoints, lowering
@@ -119,7 +119,7 @@ def run(make: Make, steps: int, **options: Any) -> tuple[Any, dict[str, Tensor]]
 
 
 def with_passes(monkeypatch: pytest.MonkeyPatch, passes: tuple[packing.LoopPass, ...]) -> None:
-    def some(loop: Any, val: Any, val_gradient: Any) -> packing.PackedLoop:
+    def some(loop: Any, val: Any, val_gradient: Any) -> packed_loop.PackedLoop:
         return packing.rewritten(loop, val, val_gradient, passes)
 
     monkeypatch.setattr(adjoints, "rewritten", some)
@@ -143,7 +143,7 @@ def assert_same_program(
 ) -> None:
     with_passes(monkeypatch, passes)
     lowered, found = run(make, 3)
-    assert lowered.packing != packing.Packing(), "nothing has changed"
+    assert lowered.packing != packed_loop.Packing(), "nothing has changed"
     with_passes(monkeypatch, ())
     _, expected = run(make, 3)
     assert expected.keys() == found.keys()

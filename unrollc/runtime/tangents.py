@@ -60,13 +60,12 @@ def forward_mode(
         for step in loop.steps
         for value, node in zip(step.inputs, step.placeholders, strict=True)
     }
-    if moved_by(loop.prologue, frozenset(m.key for m in meta)):
-        return "what is computed before the loop depends on meta-parameters"
     directions = directions_of({m.key: shapes[m.key] for m in meta if m.key in shapes})
     if not directions:
         return "no meta-parameter moves the inner loop"
     if len(directions) > MOST_DIRECTIONS:
         return f"the meta-parameters have {len(directions)} elements, which are not few"
+    assert not moved_by(loop.prologue, frozenset(m.key for m in meta)), "no step has its tangent"
     if options.memory is None and steps < SHORTEST_LOOP:
         return f"tried from {SHORTEST_LOOP} steps on, or under a budget"
     for step in loop.steps:
